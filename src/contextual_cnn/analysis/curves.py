@@ -1,0 +1,66 @@
+"""curves.png: a run at a glance, drawn from the rows of its metrics.jsonl."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display on a cluster
+
+import matplotlib.pyplot as plt
+
+_STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "font.size": 9,
+}
+_PANELS = (
+    # title, axis label, metrics as (name, label), logarithmic
+    (
+        "Accuracy",
+        "top-1, %",
+        (("val/top1", "val"), ("val_ema/top1", "val, EMA"), ("train/top1", "train")),
+        False,
+    ),
+    (
+        "Loss",
+        "loss",
+        (("train/loss", "total"), *((f"train/loss_stage{i}", f"stage {i}") for i in range(1, 5))),
+        True,
+    ),
+    (
+        "True class still on the shortlist (val)",
+        "recall, %",
+        tuple((f"val/recall_stage{i}", f"after stage {i}") for i in range(1, 4)),
+        False,
+    ),
+    ("Learning rate", "lr", (("train/lr", "lr"),), False),
+)
+
+
+def plot_curves(rows: Sequence[dict[str, float]], path: Path, title: str) -> None:
+    """Draws accuracy, losses, recall per stage and learning rate over the steps, as far as the rows have them."""
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
+        for axis, (panel, label, metrics, logarithmic) in zip(axes.flat, _PANELS, strict=True):
+            for name, legend in metrics:
+                points = [(row["step"], row[name]) for row in rows if name in row]
+                if points:
+                    axis.plot(
+                        *zip(*points, strict=True),
+                        label=legend,
+                        marker="o" if len(points) == 1 else None,
+                        linewidth=1.3,
+                    )
+            axis.set(title=panel, xlabel="step", ylabel=label)
+            if axis.lines:
+                axis.legend(frameon=False)
+                if logarithmic:
+                    axis.set_yscale("log")
+            else:
+                axis.text(0.5, 0.5, "this model has no stages", ha="center", transform=axis.transAxes, color="grey")
+        figure.suptitle(title)
+        figure.savefig(path, dpi=120)
+        plt.close(figure)

@@ -1,0 +1,198 @@
+"""What the two entry scripts share: from Hydra's config to checked keyword arguments, and errors made for people.
+
+The keyword-only parameters of a group's function or class are the schema of that group: `conf/model/*.yaml` holds
+what `build_model` takes, and nothing else. Positional parameters come from the program.
+"""
+
+import difflib
+import functools
+import inspect
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from contextual_cnn.distributed import is_main_process
+from contextual_cnn.errors import UserError
+
+Schema = Mapping[str, Any]  # a key's type, or a Group
+
+
+def run(main: Callable[[], None]) -> None:
+    """Starts a Hydra main; a config that cannot be composed is the user's mistake too."""
+    # Hydra then raises its errors instead of printing them in its own way; ours are printed by _exit
+    _wants_traceback()
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        _exit(_explain(error))
+
+
+def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """Ends a user's mistake with its cause, its fix and exit status 2; HYDRA_FULL_ERROR=1 adds the traceback.
+
+    Belongs directly on the function, inside hydra.main, which announces every exception that reaches it.
+    """
+
+    @functools.wraps(function)
+    def wrapped(config: DictConfig) -> None:
+        try:
+            function(config)
+        except UserError as error:
+            _exit(error)
+        except OmegaConfBaseException as error:
+            _exit(_explain(error))
+        except KeyboardInterrupt:
+            sys.exit("interrupted; the same command resumes from the last checkpoint")
+
+    return wrapped
+
+
+@functools.cache
+def _wants_traceback() -> bool:
+    """Asked of the user's environment, once, before `run` sets the variable for Hydra."""
+    return os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+def _exit(error: UserError) -> NoReturn:
+    if _wants_traceback():
+        traceback.print_exc()
+    if is_main_process():  # once, not once per rank
+        print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+class Group:
+    """A group of keys in `read_config`'s schema.
+
+    Args:
+        takes: the function or class whose keyword-only parameters are the group's keys.
+        computed: those of them that the program finds out itself where the config leaves them null.
+    """
+
+    def __init__(self, takes: Callable, *computed: str) -> None:
+        function = takes.__init__ if inspect.isclass(takes) else takes
+        hints = get_type_hints(function)
+        parameters = inspect.signature(function).parameters.values()
+        names = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+        self.types = {name: hints[name] | None if name in computed else hints[name] for name in names}
+
+
+def read_config(config: DictConfig, schema: Schema) -> dict[str, Any]:
+    """Plain containers, checked: unknown keys, missing and mistyped values are refused before anything starts.
+
+    Raises:
+        UserError: the first mistake, with the nearest key or the values allowed.
+    """
+    _check_all_keys(OmegaConf.to_container(config), schema)
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"no value for {', '.join(missing)}", " ".join(f"{key}=VALUE" for key in missing))
+    plain = OmegaConf.to_container(config, resolve=True)
+    check_config(plain, schema)
+    return plain
+
+
+def check_config(plain: Mapping[str, Any], schema: Schema) -> None:
+    """As `read_config`, for containers that are plain already (a checkpoint's)."""
+    _check_all_keys(plain, schema)
+    for key, expected in schema.items():
+        if isinstance(expected, Group):
+            for name, value in plain[key].items():
+                _check_value(f"{key}.{name}", value, expected.types[name])
+        else:
+            _check_value(key, plain[key], expected)
+
+
+def _check_all_keys(plain: Mapping[str, Any], schema: Schema) -> None:
+    _check_keys("", plain, schema)
+    for key, expected in schema.items():
+        if isinstance(expected, Group):
+            if not isinstance(plain.get(key), Mapping):
+                raise UserError(f"{key} is a group of keys, got {_yaml(plain.get(key))}", f"{key}=NAME of conf/{key}/")
+            _check_keys(f"{key}.", plain[key], expected.types)
+
+
+def _check_keys(prefix: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    for key in found:
+        if key not in expected:
+            raise UserError(f"there is no key {prefix}{key}", _nearest(prefix, str(key), expected))
+
+
+def _nearest(prefix: str, key: str, expected: Sequence[str] | Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(key, list(expected), n=1, cutoff=0.5)
+    if near:
+        return f"did you mean {prefix}{near[0]}?"
+    return f"the keys are {', '.join(prefix + name for name in expected)}"
+
+
+def _check_value(key: str, value: Any, expected: Any) -> None:
+    if not _fits(value, expected):
+        raise UserError(f"{key}={_yaml(value)} is not {_spell(expected)}", f"for example {key}={_example(expected)}")
+
+
+def _fits(value: Any, expected: Any) -> bool:
+    origin, arguments = get_origin(expected), get_args(expected)
+    if origin in (Union, UnionType):
+        return any(_fits(value, option) for option in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is not None and issubclass(origin, Sequence):
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if expected is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if expected is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, expected)
+
+
+def _spell(expected: Any) -> str:
+    origin, arguments = get_origin(expected), get_args(expected)
+    if origin in (Union, UnionType):
+        return " or ".join(_spell(option) for option in arguments)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin is not None:
+        return f"a list of {_spell(arguments[0]).removeprefix('a ').removeprefix('an ')}s"
+    return {int: "an integer", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}[expected]
+
+
+def _example(expected: Any) -> str:
+    origin, arguments = get_origin(expected), get_args(expected)
+    if origin in (Union, UnionType, Literal):
+        return _example(arguments[0]) if origin is not Literal else str(arguments[0])
+    if origin is not None:
+        return f"[{_example(arguments[0])},{_example(arguments[0])}]"
+    return {int: "1", float: "0.1", bool: "true", str: "TEXT"}[expected]
+
+
+def _yaml(value: Any) -> str:
+    """A value as it is typed in a config."""
+    return str(value) if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _explain(error: Exception) -> UserError:
+    """Hydra's and OmegaConf's own refusals, as cause and fix."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        near = difflib.get_close_matches(name, error.options, n=1, cutoff=0.3)
+        hint = f"did you mean {group}={near[0]}? " if near else ""
+        return UserError(f"there is no {group} named {name}", f"{hint}there are {', '.join(error.options)}")
+    reason = error.__cause__ or error
+    key, parent = getattr(reason, "full_key", None), getattr(reason, "parent_node", None)
+    if isinstance(error, ConfigCompositionException) and key and isinstance(parent, DictConfig):
+        # The parent is where the path breaks off: the key's last part is compared with what is there
+        prefix, _, name = str(key).rpartition(".")
+        return UserError(
+            f"there is no key {key}", _nearest(f"{prefix}." if prefix else "", name, [str(k) for k in parent])
+        )
+    lines = [line.strip() for line in str(reason).splitlines() if line.strip()]
+    return UserError(lines[0] if lines else type(reason).__name__, "; ".join(lines[1:4]) or "see --help and conf/")

@@ -1,0 +1,6 @@
+"""From a folder of images to batches on the device."""
+
+from contextual_cnn.data.augmentation import Augmentation
+from contextual_cnn.data.image_data import ImageData
+
+__all__ = ["Augmentation", "ImageData"]

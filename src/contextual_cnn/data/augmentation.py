@@ -1,0 +1,129 @@
+"""What is done to an image before it is a training sample: what is drawn, and with which numbers.
+
+Crop and flip are drawn here, as numbers per image that depend on (seed, epoch, place in the epoch) alone, and
+carried out by the pipeline; erasing, mixing and smoothing act on the batch, on its device.
+Order as in the ConvNeXt recipe: crop, flip, normalise, erase each sample, then mix the batch.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+
+from contextual_cnn.contracts import Batch
+from contextual_cnn.data.sampler import MicroBatch
+from contextual_cnn.errors import UserError
+from contextual_cnn.randomness import uniform_rows
+
+ATTEMPTS = 10  # torchvision's and timm's number of tries at a random crop before the fallback
+_COLUMNS = 2 * ATTEMPTS + 4  # area and aspect of each attempt, row, column, flip, and one to a multiple of four
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """The recipe's numbers (ConvNeXt's, without RandAugment so far).
+
+    scale, ratio: random resized crop, share of the area and range of the aspect ratio.
+    hflip: probability of a horizontal flip.
+    erasing: probability that a sample has a rectangle replaced by noise (timm's RandomErasing, per pixel).
+    mixup, cutmix: alpha of the Beta distribution; 0 turns one off. mix_prob, mix_switch_prob: as timm's Mixup.
+    label_smoothing: share of the target spread over all classes.
+    """
+
+    scale: Sequence[float] = (0.08, 1.0)
+    ratio: Sequence[float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    erasing: float = 0.25
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    mix_prob: float = 1.0
+    mix_switch_prob: float = 0.5
+    label_smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        for key in ("hflip", "erasing", "mix_prob", "mix_switch_prob", "label_smoothing"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise UserError(
+                    f"augment.{key} is a share between 0 and 1, got {getattr(self, key)}",
+                    f"augment.{key}=0 turns it off",
+                )
+        for key in ("scale", "ratio"):
+            low_high = getattr(self, key)
+            if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
+                raise UserError(
+                    f"augment.{key} is [low, high] with 0 < low <= high, got {list(low_high)}",
+                    f"augment.{key}=[0.5,1.0]",
+                )
+
+    @property
+    def mixes(self) -> bool:
+        return self.mix_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
+
+    def check_micro_batch(self, size: int) -> None:
+        """Raises UserError for a micro-batch that cannot be mixed: an image is mixed with its mirror place."""
+        if (self.mixes or self.label_smoothing) and size % 2:
+            raise UserError(
+                f"mixing needs an even micro-batch, got {size}",
+                f"trainer.micro_batch_size={size + 1}, or augment=none",
+            )
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The numbers for the images of one micro-batch, in the layout that the pipeline reads.
+
+    height, width: (n, 10) float32, each attempt's sides over the square root of the image's area.
+    place: (n, 2) float32 in [0, 1), row and column of the crop within the room it has.
+    flip: (n,) int32.
+    """
+
+    height: np.ndarray
+    width: np.ndarray
+    place: np.ndarray
+    flip: np.ndarray
+
+
+def draw(augmentation: Augmentation, seed: int, batch: MicroBatch) -> Draws:
+    """The draws of a micro-batch's images; another cut into micro-batches draws the same for each image."""
+    u = uniform_rows(seed, batch.epoch, 1, start=batch.start, rows=len(batch.indices), columns=_COLUMNS)
+    low, high = augmentation.scale
+    side = np.sqrt(low + (high - low) * u[:, :ATTEMPTS])
+    low, high = (math.log(bound) for bound in augmentation.ratio)
+    stretch = np.exp((low + (high - low) * u[:, ATTEMPTS : 2 * ATTEMPTS]) / 2)  # square root of the aspect ratio
+    return Draws(
+        height=(side / stretch).astype(np.float32),
+        width=(side * stretch).astype(np.float32),
+        place=u[:, 2 * ATTEMPTS : 2 * ATTEMPTS + 2].astype(np.float32),
+        flip=(u[:, 2 * ATTEMPTS + 2] < augmentation.hflip).astype(np.int32),
+    )
+
+
+class BatchAugmentation:
+    """Erasing, mixing and label smoothing by timm, on the batch's device.
+
+    They draw from the global generators, which the caller seeds for each micro-batch (`randomness.seed_all`).
+    """
+
+    def __init__(self, augmentation: Augmentation, num_classes: int, device: torch.device) -> None:
+        self.erase = (
+            RandomErasing(augmentation.erasing, mode="pixel", device=device.type) if augmentation.erasing else None
+        )
+        self.mix = None
+        if augmentation.mixes or augmentation.label_smoothing:
+            self.mix = Mixup(
+                mixup_alpha=augmentation.mixup,
+                cutmix_alpha=augmentation.cutmix,
+                prob=augmentation.mix_prob if augmentation.mixes else 0.0,  # 0: smoothing alone
+                switch_prob=augmentation.mix_switch_prob,
+                label_smoothing=augmentation.label_smoothing,
+                num_classes=num_classes,
+            )
+
+    def __call__(self, batch: Batch) -> Batch:
+        """(B, 3, H, W) images, (B,) classes -> erased and mixed images, (B, N) targets if anything mixes or smooths."""
+        images = self.erase(batch.images) if self.erase is not None else batch.images
+        return Batch(*self.mix(images, batch.targets)) if self.mix is not None else Batch(images, batch.targets)

@@ -1,0 +1,260 @@
+"""The two DALI pipelines, training and evaluation, each one definition for CPU and GPU.
+
+An external source hands over paths and the numbers drawn for each image; DALI reads, decodes, crops, resizes
+and normalises. The graph holds no random operator and no reader, hence no state.
+Evaluation gives the crop that timm's transform gives (resize in integers, centre rounded half to even).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from contextual_cnn.contracts import Batch
+from contextual_cnn.data.augmentation import ATTEMPTS, Augmentation, draw
+from contextual_cnn.data.image_folder import ImageFolder
+from contextual_cnn.data.sampler import TrainSampler, evaluation_batches
+from contextual_cnn.errors import UserError
+
+try:
+    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali import math as dali_math
+    from nvidia.dali.plugin.pytorch import DALIGenericIterator
+except ImportError as error:
+    raise UserError(
+        f"NVIDIA DALI is not installed ({error})",
+        "pip install nvidia-dali-cuda130 (CUDA 13, or no GPU) or nvidia-dali-cuda120; `nvidia-dali` is a placeholder",
+    ) from error
+
+
+class TrainBatches:
+    """One rank's endless batches from `sampler`; images (B, 3, size, size) float32 channels_last, targets (B,)."""
+
+    def __init__(
+        self,
+        folder: ImageFolder,
+        sampler: TrainSampler,
+        augmentation: Augmentation,
+        *,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        threads: int,
+        prefetch: int,
+        device: torch.device,
+    ) -> None:
+        def source(info) -> tuple:
+            batch = sampler[info.iteration]
+            draws = draw(augmentation, sampler.seed, batch)
+            return (*_files(folder, batch.indices), draws.height, draws.width, draws.place, draws.flip)
+
+        pipeline = _train_pipeline(
+            source,
+            augmentation=augmentation,
+            image_size=image_size,
+            normalise=_normalise_arguments(mean, std),
+            on=device.type,
+            **_executor(sampler.plan.micro_batch, threads, prefetch, device),
+        )
+        self._batches = _iterate(pipeline, device)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+
+class EvaluationBatches:
+    """One rank's share of a split, in passes that can be repeated; every image once over all ranks.
+
+    The pipeline is built once. It runs ahead into the next pass, so that one starts with its first batches ready.
+    """
+
+    def __init__(
+        self,
+        folder: ImageFolder,
+        *,
+        rank: int,
+        world_size: int,
+        batch_size: int,
+        image_size: int,
+        crop_pct: float,
+        mean: Sequence[float],
+        std: Sequence[float],
+        threads: int,
+        prefetch: int,
+        device: torch.device,
+    ) -> None:
+        self.images = len(folder)
+        passes = list(evaluation_batches(len(folder), batch_size, rank, world_size))
+        self._batches_per_pass = len(passes)
+        if not passes:  # more ranks than images
+            return
+
+        def source(info) -> tuple:
+            return _files(folder, passes[info.iteration % len(passes)])
+
+        pipeline = _evaluation_pipeline(
+            source,
+            image_size=image_size,
+            resize_size=int(image_size / crop_pct),
+            normalise=_normalise_arguments(mean, std),
+            on=device.type,
+            **_executor(batch_size, threads, prefetch, device),
+        )
+        self._batches = _iterate(pipeline, device)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One pass. It must be read to its end, or the next one starts in the middle."""
+        for _ in range(self._batches_per_pass):
+            yield next(self._batches)
+
+
+@pipeline_def
+def _train_pipeline(source: Callable, *, augmentation: Augmentation, image_size: int, normalise: dict, on: str):
+    path, target, heights, widths, place, flip = fn.external_source(
+        source,
+        num_outputs=6,
+        batch=True,
+        batch_info=True,
+        dtype=[types.UINT8, types.INT64, types.FLOAT, types.FLOAT, types.FLOAT, types.INT32],
+        ndim=[1, 0, 1, 1, 1, 0],
+    )
+    encoded = fn.io.file.read(path)
+    anchor, shape = _random_crop(*_size_of(encoded), heights, widths, place, augmentation.ratio)
+    images = fn.decoders.image_slice(
+        encoded,
+        anchor,
+        shape,
+        axis_names="HW",
+        normalized_anchor=False,
+        normalized_shape=False,
+        **_decoder_arguments(on),
+    )
+    images = fn.resize(images, size=[image_size, image_size], interp_type=types.INTERP_CUBIC)
+    # RandAugment belongs here: on uint8, after the resize, before the flip (every op of it is symmetric)
+    images = fn.crop_mirror_normalize(images, mirror=flip, **normalise)
+    return images, target
+
+
+@pipeline_def
+def _evaluation_pipeline(source: Callable, *, image_size: int, resize_size: int, normalise: dict, on: str):
+    path, target = fn.external_source(
+        source, num_outputs=2, batch=True, batch_info=True, dtype=[types.UINT8, types.INT64], ndim=[1, 0]
+    )
+    encoded = fn.io.file.read(path)
+    height, width = _size_of(encoded)
+    # torchvision truncates the longer side to an integer; DALI's own resize_shorter keeps its fraction
+    shorter = dali_math.min(height, width)
+    resized = [dali_math.floor(side * float(resize_size) / shorter) for side in (height, width)]
+    start = [_half_to_even(side - float(image_size)) for side in resized]
+    images = fn.decoders.image(encoded, **_decoder_arguments(on))
+    images = fn.resize(images, size=fn.stack(*resized), interp_type=types.INTERP_CUBIC, subpixel_scale=False)
+    images = fn.slice(
+        images,
+        start=fn.cast(fn.stack(*start), dtype=types.INT32),
+        shape=[image_size, image_size],
+        axis_names="HW",
+    )
+    return fn.crop_mirror_normalize(images, **normalise), target
+
+
+def _random_crop(height, width, heights, widths, place, ratio: Sequence[float]):
+    """timm's RandomResizedCrop: the first of ten attempts that fits, else the largest central crop within `ratio`.
+
+    Args:
+        height, width: of the image. heights, widths, place: see `augmentation.Draws`.
+
+    Returns:
+        anchor (row, column) and shape (height, width), int32.
+    """
+    side = dali_math.sqrt(height * width)
+    crop_heights, crop_widths = (dali_math.floor(side * sides + 0.5) for sides in (heights, widths))
+    fits = fn.cast((crop_heights <= height) & (crop_widths <= width), dtype=types.FLOAT)
+    # The earliest attempt that fits has the highest score, and no two attempts have the same
+    score = fits * types.Constant(np.arange(ATTEMPTS, 0, -1, dtype=np.float32))
+    best = fn.reductions.max(score, axes=0)
+    first = fn.cast(score == best, dtype=types.FLOAT)
+    any_fits = fn.cast(best > 0.0, dtype=types.FLOAT)
+
+    def choose(attempt, fallback):
+        return any_fits * attempt + (1.0 - any_fits) * fallback
+
+    crop_height = choose(
+        fn.reductions.sum(first * crop_heights, axes=0),
+        dali_math.min(height, dali_math.floor(width / ratio[0] + 0.5)),
+    )
+    crop_width = choose(
+        fn.reductions.sum(first * crop_widths, axes=0),
+        dali_math.min(width, dali_math.floor(height * ratio[1] + 0.5)),
+    )
+    room = (height - crop_height, width - crop_width)
+    # min: float32 may round place * (room + 1) up to room + 1
+    anchor = [
+        choose(
+            dali_math.min(dali_math.floor(place[i] * (room[i] + 1.0)), room[i]),
+            dali_math.floor(room[i] * 0.5),
+        )
+        for i in range(2)
+    ]
+    return fn.cast(fn.stack(*anchor), dtype=types.INT32), fn.cast(fn.stack(crop_height, crop_width), dtype=types.INT32)
+
+
+def _size_of(encoded):
+    """Height and width as float32, from the header."""
+    shape = fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False), dtype=types.FLOAT)
+    return shape[0], shape[1]
+
+
+def _half_to_even(room):
+    """round(room / 2) as Python and torchvision round: x.5 to the even neighbour."""
+    half = dali_math.floor(room * 0.5)
+    is_half = room * 0.5 - half  # 0 or 0.5
+    is_odd = half - 2.0 * dali_math.floor(half * 0.5)  # 0 or 1
+    return half + 2.0 * is_half * is_odd
+
+
+def _decoder_arguments(on: str) -> dict:
+    """PIL's pixels: no turn by EXIF, and on a GPU the chroma upsampling that libjpeg does."""
+    arguments = dict(output_type=types.RGB, adjust_orientation=False, device="mixed" if on == "cuda" else "cpu")
+    return arguments | {"jpeg_fancy_upsampling": True} if on == "cuda" else arguments
+
+
+def _normalise_arguments(mean: Sequence[float], std: Sequence[float]) -> dict:
+    """HWC out: the (B, C, H, W) view of it is channels_last without a copy."""
+    return dict(
+        mean=[255 * value for value in mean],
+        std=[255 * value for value in std],
+        output_layout="HWC",
+        dtype=types.FLOAT,
+    )
+
+
+def _executor(batch_size: int, threads: int, prefetch: int, device: torch.device) -> dict:
+    return dict(
+        batch_size=batch_size,
+        num_threads=threads,
+        # None, not -1: the CPU pipelines need no driver
+        device_id=device.index if device.type == "cuda" else None,
+        prefetch_queue_depth=prefetch,
+    )
+
+
+def _files(folder: ImageFolder, indices: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    paths = [np.frombuffer(folder.path(i).encode(), np.uint8) for i in indices]
+    return paths, folder.targets[indices]
+
+
+def _iterate(pipeline, device: torch.device) -> Iterator[Batch]:
+    """Endless batches on the device. The sources never stop, so DALI's own epoch arithmetic plays no part."""
+    iterator = DALIGenericIterator(
+        [pipeline], ["images", "targets"], size=-1, auto_reset=False, prepare_first_batch=False
+    )
+    for _ in count():
+        (output,) = next(iterator)
+        images: Tensor = output["images"].permute(0, 3, 1, 2)
+        targets: Tensor = output["targets"].view(-1).to(device, torch.int64, non_blocking=True)
+        yield Batch(images, targets)

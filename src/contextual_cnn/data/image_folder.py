@@ -1,0 +1,96 @@
+"""ImageNet's layout on disk: ROOT/train/CLASS/IMAGE and ROOT/val/CLASS/IMAGE; listing and checks, no decoding."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from contextual_cnn.errors import UserError
+
+_EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+_LAYOUT = "the layout is ROOT/train/CLASS/IMAGE.jpg and ROOT/val/CLASS/IMAGE.jpg; set data.root=ROOT"
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The images of one split, sorted by class and name, so that an index means the same image on every machine.
+
+    paths: relative to root. targets: (N,) int64, the position of an image's class in `classes`.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    paths: tuple[str, ...]
+    targets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, index: int) -> str:
+        return f"{self.root}/{self.paths[index]}"
+
+
+def open_image_folder(root: Path, split: str, classes: tuple[str, ...] | None = None) -> ImageFolder:
+    """Lists one split.
+
+    Hidden files and folders and files that are no images are passed over.
+
+    Args:
+        classes: the classes that the targets refer to; None takes the split's own folders in sorted order.
+
+    Raises:
+        UserError: what was looked for and what was found instead.
+    """
+    folder = root / split
+    if not folder.is_dir():
+        raise UserError(f"data.root: looked for the folder {folder}, found {_describe(root)}", _LAYOUT)
+    found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not found:
+        hint = "a flat folder of images must be sorted into one folder per class" if _images_in(folder) else _LAYOUT
+        raise UserError(f"data.root: {folder} has no class folders, found {_describe(folder)}", hint)
+    if classes is not None and set(found) != set(classes):
+        raise UserError(
+            f"data.root: {folder} has {len(found)} classes, expected {len(classes)}; {_difference(found, classes)}",
+            "every split needs the same class folders as the model was trained on",
+        )
+    classes = classes if classes is not None else tuple(found)
+    paths: list[str] = []
+    targets: list[int] = []
+    for target, name in enumerate(classes):
+        images = _images_in(folder / name)
+        if not images:
+            # An empty class would shift no label here, but it is always a broken copy
+            raise UserError(f"data.root: class folder {folder / name} has no images", "restore or remove the folder")
+        paths += [f"{split}/{name}/{image}" for image in images]
+        targets += [target] * len(images)
+    return ImageFolder(root, classes, tuple(paths), np.array(targets, dtype=np.int64))
+
+
+def _images_in(folder: Path) -> list[str]:
+    return sorted(
+        entry.name
+        for entry in os.scandir(folder)
+        if entry.name.lower().endswith(_EXTENSIONS) and not entry.name.startswith(".") and entry.is_file()
+    )
+
+
+def _describe(folder: Path) -> str:
+    if not folder.exists():
+        return f"that {folder} does not exist"
+    if not folder.is_dir():
+        return f"that {folder} is a file"
+    names = sorted(os.listdir(folder))
+    if not names:
+        return f"that {folder} is empty"
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"in {folder}: {', '.join(names[:4])}{more}"
+
+
+def _difference(found: list[str], expected: tuple[str, ...]) -> str:
+    extra, missing = sorted(set(found) - set(expected))[:3], sorted(set(expected) - set(found))[:3]
+    parts = [
+        f"unexpected: {', '.join(extra)}" if extra else "",
+        f"missing: {', '.join(missing)}" if missing else "",
+    ]
+    return "; ".join(part for part in parts if part)

@@ -1,0 +1,84 @@
+"""Evaluation, used after each epoch and by evaluate.py: counts over all ranks, every image once."""
+
+import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from contextual_cnn.contracts import Batch, StagedScores
+from contextual_cnn.distributed import World
+from contextual_cnn.engine.metrics import Sums, stage_hits, top_hits
+from contextual_cnn.models import ContextualConvNeXt
+
+
+@torch.inference_mode()
+def evaluate(
+    models: dict[str, nn.Module],
+    batches: Iterable[Batch],
+    images: int,
+    world: World,
+    autocast: AbstractContextManager,
+) -> dict[str, dict[str, float]]:
+    """Several sets of weights (raw, EMA) over one pass of the data.
+
+    Args:
+        models: by name, without DDP around them; left in the mode they came in.
+        batches: this rank's share.
+        images: of the whole split.
+
+    Returns:
+        By name: top1, top5, recall_stage1.. in percent, loss (cross-entropy of the final logits), images,
+        seconds and images_per_second of the whole pass.
+
+    Raises:
+        RuntimeError: the ranks together did not count exactly `images`.
+    """
+    modes = {name: model.training for name, model in models.items()}
+    sums = {name: Sums(world.device, _names(model)) for name, model in models.items()}
+    started = time.perf_counter()
+    for model in models.values():
+        model.eval()
+    for batch in batches:
+        for name, model in models.items():
+            with autocast:
+                scores = staged_scores(model, batch.images)
+            logits = scores.logits[-1]
+            sums[name].add(
+                images=len(batch.targets),
+                loss=F.cross_entropy(logits.float(), batch.targets, reduction="sum"),
+                **top_hits(logits, batch.targets),
+                **stage_hits(scores, batch.targets),
+            )
+    for name, model in models.items():
+        model.train(modes[name])
+    totals = {name: of_model.read() for name, of_model in sums.items()}
+    seconds = time.perf_counter() - started
+    return {name: _report(total, images, seconds) for name, total in totals.items()}
+
+
+def staged_scores(model: nn.Module, images: torch.Tensor) -> StagedScores:
+    """The scores of every stage whatever the mode; of a model without stages, its logits as the only stage."""
+    return StagedScores.of(model(images, staged=True) if isinstance(model, ContextualConvNeXt) else model(images))
+
+
+def _names(model: nn.Module) -> list[str]:
+    """What is summed for a model; a rank may have no image at all."""
+    shortlists = len(model.class_counts) if isinstance(model, ContextualConvNeXt) else 0
+    return ["images", "loss", "top1", "top5", *(f"recall_stage{i + 1}" for i in range(shortlists))]
+
+
+def _report(total: dict[str, float], images: int, seconds: float) -> dict[str, float]:
+    counted = int(total.pop("images"))
+    if counted != images:
+        raise RuntimeError(f"evaluation counted {counted} images of a split of {images}: a defect, please report it")
+    loss = total.pop("loss") / images
+    shares = {name: 100 * count / images for name, count in total.items()}
+    return shares | {
+        "loss": loss,
+        "images": images,
+        "seconds": seconds,
+        "images_per_second": images / seconds,
+    }

@@ -1,0 +1,74 @@
+"""How a run is shown to a person: a live bar on a terminal, plain lines elsewhere."""
+
+import logging
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+log = logging.getLogger(__name__)
+
+
+def describe(metrics: dict[str, float]) -> str:
+    """A log step's metrics in one line: losses, recall per stage, lr, speed."""
+    stages = [value for name, value in metrics.items() if name.startswith("train/loss_stage")]
+    recalls = [value for name, value in metrics.items() if name.startswith("train/recall_stage")]
+    parts = [f"loss {metrics['train/loss']:.3f}"]
+    if len(stages) > 1:
+        parts[0] += f" ({' '.join(f'{value:.2f}' for value in stages)})"
+    if recalls:
+        parts.append(f"recall {' '.join(f'{value:.0f}' for value in recalls)} %")
+    parts.append(f"lr {metrics['train/lr']:.2e}")
+    parts.append(f"{metrics['train/images_per_second']:.0f} img/s")
+    parts.append(f"data wait {metrics['train/data_wait']:.0f} %")
+    return ", ".join(parts)
+
+
+class ProgressDisplay:
+    """Shows steps until `steps` are done; use as a context manager."""
+
+    def __init__(self, console: Console, steps: int, steps_per_epoch: int, first_step: int) -> None:
+        self._steps, self._steps_per_epoch = steps, steps_per_epoch
+        self._first_step, self._seconds = first_step, 0.0
+        self._bar = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._task = self._bar.add_task("starting", total=steps, completed=first_step)
+
+    def __enter__(self) -> "ProgressDisplay":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        """`step` steps are done."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def report(self, step: int, metrics: dict[str, float], seconds: float) -> None:
+        """The metrics of a log step; `seconds` is what the run has taken since it started."""
+        where = f"epoch {(step - 1) // self._steps_per_epoch + 1} step {step}/{self._steps}"
+        if self._bar is not None:
+            self._bar.update(self._task, description=f"{where}  {describe(metrics)}")
+        else:
+            remaining = seconds / max(1, step - self._first_step) * (self._steps - step)
+            log.info("%s: %s, eta %s", where, describe(metrics), timedelta(seconds=round(remaining)))

@@ -1,0 +1,93 @@
+"""Classes as context (sections 3.1, 3.2): class embeddings, the classifying step and the merging step.
+
+Shapes: B images, C channels of a stage, N classes, k classes kept, E embedding size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_MAX_INVERSE_TEMPERATURE = 100.0  # CLIP's clamp
+
+
+class ClassEmbeddings(nn.Module):
+    """One table of class embeddings and one temperature, shared by all stages (section 3.1, "following CLIP").
+
+    Scores are one (B, E) x (E, N) product. The paper's text gathers a (B, k, E) tensor instead; the numbers are
+    the same and the tensor is not needed.
+    """
+
+    def __init__(self, num_classes: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim))
+        # kept as a logarithm, so that the temperature stays positive (CLIP); starts at tau = 0.07
+        self.log_inverse_temperature = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, projected: Tensor) -> Tensor:
+        """(B, E) visual vectors -> (B, N) float32 logits: cosine similarity over the temperature."""
+        # float32 always: the inverse temperature multiplies a rounding of bfloat16 by up to 100
+        with torch.autocast(projected.device.type, enabled=False):
+            scale = self.log_inverse_temperature.float().exp().clamp(max=_MAX_INVERSE_TEMPERATURE)
+            similarity = F.normalize(projected.float(), dim=-1) @ F.normalize(self.weight.float(), dim=-1).T
+            return scale * similarity
+
+
+class Projection(nn.Sequential):
+    """A stage's map to the space of the class embeddings: GAP, FC, LN, ReLU, FC (section 3.2, classifying).
+
+    The hidden width C is the released code's.
+    """
+
+    def __init__(self, channels: int, embedding_dim: int) -> None:
+        super().__init__(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(channels, channels),
+            nn.LayerNorm(channels),
+            nn.ReLU(),
+            nn.Linear(channels, embedding_dim),
+        )
+
+
+class Merging(nn.Module):
+    """The embeddings of the kept classes to one context vector: FC, LN, ReLU, mean, FC, LN, ReLU (section 3.2).
+
+    The first FC sees one class at a time, so it runs once over the table instead of once per image and class;
+    the mean over an image's shortlist is then a product with a (B, N) matrix of 0 and 1/k.
+    """
+
+    def __init__(self, embedding_dim: int) -> None:
+        super().__init__()
+        hidden = max(embedding_dim // 4, 128)  # released code
+        self.before = nn.Sequential(nn.Linear(embedding_dim, hidden), nn.LayerNorm(hidden), nn.ReLU())
+        self.after = nn.Sequential(nn.Linear(hidden, embedding_dim), nn.LayerNorm(embedding_dim), nn.ReLU())
+
+    def forward(self, embeddings: Tensor, shortlist: Tensor) -> Tensor:
+        """(N, E) table and (B, k) kept classes -> (B, E) context."""
+        table = self.before(embeddings)  # (N, h)
+        share = table.new_zeros(len(shortlist), len(table)).scatter_(1, shortlist, 1 / shortlist.shape[1])
+        return self.after(share @ table)
+
+
+def default_class_counts(num_classes: int) -> tuple[int, int, int]:
+    """The paper's (500, 200, 50) of 1000 (section 4.3), scaled to another number of classes.
+
+    Kept strictly decreasing and, where there are five classes or more, at least 2 at the end.
+    """
+    last = max(2 if num_classes > 4 else 1, round(num_classes / 20))
+    middle = max(last + 1, round(num_classes / 5))
+    return max(middle + 1, round(num_classes / 2)), middle, last
+
+
+def check_class_counts(num_classes: int, counts: tuple[int, ...]) -> None:
+    """Raises ValueError unless N1 >= N2 > N3 > N4 >= 1."""
+    if len(counts) != 3:
+        raise ValueError(f"class_counts must be three numbers (N2, N3, N4), got {list(counts)}")
+    n2, n3, n4 = counts
+    if not num_classes >= n2 > n3 > n4 >= 1:
+        raise ValueError(
+            f"class_counts must fall from stage to stage, {num_classes} >= N2 > N3 > N4 >= 1, got {list(counts)}"
+        )

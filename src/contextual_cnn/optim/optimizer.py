@@ -1,0 +1,60 @@
+"""The optimizer with timm's no-decay rules, and its step behind the guard against non-finite gradients."""
+
+from collections.abc import Sequence
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+from torch import Tensor, nn
+
+from contextual_cnn.errors import UserError
+
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    name: str = "adamw",
+    lr: float = 1e-3,
+    weight_decay: float = 0.05,
+    betas: Sequence[float] | None = (0.9, 0.999),
+    eps: float | None = 1e-8,
+    momentum: float | None = None,
+) -> torch.optim.Optimizer:
+    """timm's optimizer by name over the model's parameters.
+
+    No weight decay for biases (offset biases too), norms, layer scales, and what `model.no_weight_decay()` names
+    (class embeddings, temperature).
+
+    Args:
+        lr: peak learning rate at the config's global batch; it is not rescaled.
+        betas, eps, momentum: None leaves the optimizer's own; set those to null that an optimizer does not have.
+
+    Raises:
+        UserError: unknown name, or an option that it does not have.
+    """
+    if name not in list_optimizers():
+        raise UserError(
+            f"there is no optimizer named {name!r}",
+            "optimizer.name is one of timm's, for example adamw, lamb, sgd",
+        )
+    options = {"betas": tuple(betas) if betas is not None else None, "eps": eps, "momentum": momentum}
+    options = {key: value for key, value in options.items() if value is not None}
+    if name in ("adamw", "adam"):
+        options["fused"] = True
+    try:
+        return create_optimizer_v2(model, opt=name, lr=lr, weight_decay=weight_decay, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer {name} refused its options: {error}", "correct them or set them to null") from error
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """One optimizer step, or none at all (weights, moments and their count untouched) if `finite` is False.
+
+    Args:
+        finite: bool scalar on the parameters' device, the same on all ranks.
+    """
+    if optimizer.defaults.get("fused"):
+        # The fused kernels look at found_inf themselves, as under a GradScaler: the host need not wait
+        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+        optimizer.step()
+    elif finite.item():
+        optimizer.step()

@@ -1,0 +1,44 @@
+"""Every random number of a run is a function of the seed and of a position, never of what was drawn before.
+
+So nothing has to be saved to resume a run exactly, and the number of processes, threads or workers changes no draw:
+
+* what happens to one image depends on (seed, epoch, place of the image in the epoch): `uniform_rows`;
+* what happens to a micro-batch (mixing, erasing, dropped paths) depends on (seed, its number): `seed_all`.
+"""
+
+import random
+
+import numpy as np
+import torch
+
+_WORDS_PER_COUNT = 4  # one increment of Philox's counter yields four 64-bit words, one word a double
+
+
+def generator(*key: int) -> np.random.Generator:
+    """A numpy generator that depends on the key alone."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
+def uniform_rows(*key: int, start: int, rows: int, columns: int) -> np.ndarray:
+    """Rows `start` to `start + rows` of an endless table of uniform [0, 1) numbers, without making the rows before.
+
+    Args:
+        key: which table.
+        columns: the table's width, a multiple of 4; another width is another table.
+
+    Returns:
+        (rows, columns) float64.
+    """
+    if columns % _WORDS_PER_COUNT:
+        raise ValueError(f"columns must be a multiple of {_WORDS_PER_COUNT}, got {columns}")
+    philox = np.random.Philox(np.random.SeedSequence(key))
+    philox.advance(start * columns // _WORDS_PER_COUNT)
+    return np.random.Generator(philox).random((rows, columns))
+
+
+def seed_all(*key: int) -> None:
+    """Sets the generators that libraries draw from: Python's (timm's erasing), numpy's (timm's Mixup), torch's."""
+    words = np.random.SeedSequence(key).generate_state(2, np.uint32)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[0]))  # noqa: NPY002 - timm's Mixup draws from the legacy generator
+    torch.manual_seed(int(words[1]))
