@@ -46,7 +46,9 @@ SCHEMA = {
 CHECKPOINT_SCHEMA = {"model": Group(build_model), "data": Group(ImageData)}
 
 
-@hydra.main(version_base="1.3", config_path="conf/evaluate", config_name="evaluate")
+@hydra.main(
+    version_base="1.3", config_path=str(Path(__file__).resolve().parent / "conf" / "evaluate"), config_name="evaluate"
+)
 @record
 @cli.job
 def main(hydra_config: DictConfig) -> None:

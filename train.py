@@ -48,7 +48,7 @@ SCHEMA = {
 }
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+@hydra.main(version_base="1.3", config_path=str(Path(__file__).resolve().parent / "conf"), config_name="train")
 @record  # inside Hydra, or torchrun would not see a failure's traceback
 @cli.job
 def main(hydra_config: DictConfig) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import Tensor, nn
 
 from contextual_cnn.errors import UserError
@@ -38,12 +38,13 @@ def build_optimizer(
         )
     options = {"betas": tuple(betas) if betas is not None else None, "eps": eps, "momentum": momentum}
     options = {key: value for key, value in options.items() if value is not None}
+    info = get_optimizer_info(name)
+    for key in options:
+        if not getattr(info, f"has_{key}"):  # timm would pass over it in silence
+            raise UserError(f"optimizer {name} has no {key}", f"optimizer.{key}=null")
     if name in ("adamw", "adam"):
         options["fused"] = True
-    try:
-        return create_optimizer_v2(model, opt=name, lr=lr, weight_decay=weight_decay, **options)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"optimizer {name} refused its options: {error}", "correct them or set them to null") from error
+    return create_optimizer_v2(model, opt=name, lr=lr, weight_decay=weight_decay, **options)
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:

@@ -1,0 +1,83 @@
+"""Real images and real commands for the tests."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[np.ndarray]:
+    """Two photographs, (427, 640, 3) uint8."""
+    return load_sample_images().images
+
+
+@pytest.fixture(scope="session")
+def image_root(tmp_path_factory, photos) -> Path:
+    """Class folders in ImageNet's layout: 6 classes, each a part of a photograph; 8 training and 3 val images each."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for label in range(6):
+        photo = photos[label % 2][:, label // 2 * 200 : label // 2 * 200 + 240]
+        for split, count in (("train", 8), ("val", 3)):
+            folder = root / split / f"class_{label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                top, left = rng.integers(0, 427 - 90), rng.integers(0, 240 - 120)
+                Image.fromarray(photo[top : top + 90, left : left + 120]).save(folder / f"{i}.JPEG", quality=92)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    torch.manual_seed(0)
+
+
+def run_command(
+    *command: str, cwd: Path = ROOT, timeout: float = 300, **environment: str
+) -> subprocess.CompletedProcess:
+    """Runs one of the project's scripts with this interpreter: offline, one thread, output captured."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1", **environment}
+    env.pop("HYDRA_FULL_ERROR", None)
+    return subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def torchrun(processes: int, *command: str, **options) -> subprocess.CompletedProcess:
+    """As `run_command`, in several processes of one node."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+    return run_command(*launcher, *command, **options)
+
+
+def small_run(image_root: Path, output_dir: Path, *overrides: str) -> list[str]:
+    """Arguments of train.py for two seconds of training with every part in place."""
+    return [
+        "train.py",
+        "model=contextual_convnext_atto",
+        "model.layer_scale=0.1",
+        "model.drop_path_rate=0.1",
+        f"data.root={image_root}",
+        "data.image_size=32",
+        "data.threads=1",
+        "data.eval_batch_size=5",
+        "schedule.epochs=4",
+        "schedule.warmup_epochs=1",
+        "trainer.device=cpu",
+        "trainer.global_batch_size=16",
+        "trainer.micro_batch_size=8",
+        "trainer.log_every=1",
+        "trainer.ema_decay=0.9",
+        "logger=local",
+        f"output_dir={output_dir}",
+        "run_name=run",
+        *overrides,
+    ]

@@ -1,0 +1,141 @@
+"""The DALI pipelines against timm's and PIL's pixels; on the CPU, with real JPEGs."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+from contextual_cnn.data import Augmentation, ImageData
+from contextual_cnn.data.augmentation import draw
+from contextual_cnn.data.sampler import BatchPlan, TrainSampler
+from contextual_cnn.distributed import World
+from tests import reference
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CPU = torch.device("cpu")
+
+
+def world(rank=0, size=1):
+    return World(rank, size, rank, CPU)
+
+
+def pixels(images):
+    """Normalised (B, 3, H, W) -> levels 0..255."""
+    return (images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)) * 255
+
+
+def write(root, images, split="val"):
+    """One class, images in order; returns the root."""
+    for folder in ("train", "val"):
+        (root / folder / "a").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[0]).save(root / folder / "a" / "00.png")
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(root / split / "a" / f"{i:02d}.png")
+    return root
+
+
+def crop(photo, height, width):
+    return (
+        photo[:height, :width]
+        if height <= photo.shape[0] and width <= photo.shape[1]
+        else np.array(Image.fromarray(photo).resize((width, height)))
+    )
+
+
+@pytest.mark.parametrize(
+    "sizes", [[(375, 500), (333, 500), (500, 375), (500, 334), (256, 341), (427, 640)], [(97, 211), (301, 299)]]
+)
+def test_evaluation_equals_timms_transform(tmp_path, photos, sizes):
+    images = [crop(photos[i % 2], *size) for i, size in enumerate(sizes)]
+    data = ImageData(root=str(write(tmp_path, images)), threads=1, eval_batch_size=4)
+    ours = pixels(torch.cat([batch.images for batch in data.evaluation_batches(world())]))
+    transform = create_transform(224, is_training=False, interpolation="bicubic", crop_pct=0.875, mean=MEAN, std=STD)
+    theirs = pixels(torch.stack([transform(Image.fromarray(image)) for image in images]))
+    error = (ours - theirs).abs().mean(dim=(1, 2, 3))
+    assert error.max() < 0.25, error  # resampled in float instead of two 8-bit passes; one pixel off would be 5
+
+
+def test_training_crops_are_those_that_were_drawn(tmp_path, photos):
+    sizes = [(375, 500), (500, 333), (60, 300), (300, 60), (90, 90), (427, 640)]
+    images = [crop(photos[i % 2], *size) for i, size in enumerate(sizes)]
+    data = ImageData(root=str(write(tmp_path, images, "train")), threads=1)
+    augmentation = Augmentation(scale=(0.3, 1.0), ratio=(0.8, 1.25))
+    plan = BatchPlan.make(images=6, global_batch=6, micro_batch=6, world_size=1)
+    batches, sampler = data.train_batches(plan, augmentation, 1, world(), 0), TrainSampler(plan, 1, 0)
+    for n in range(4):
+        batch, drawn_for = next(batches), sampler[n]
+        draws = draw(augmentation, 1, drawn_for)
+        for i, index in enumerate(drawn_for.indices):
+            top, left, h, w = reference.random_resized_crop(
+                *sizes[index], zip(draws.height[i], draws.width[i], strict=True), draws.place[i], (0.8, 1.25)
+            )
+            piece = Image.fromarray(images[index][top : top + h, left : left + w]).resize((224, 224), Image.BICUBIC)
+            expected = torch.from_numpy(np.array(piece)).permute(2, 0, 1).float()
+            expected = expected.flip(2) if draws.flip[i] else expected
+            assert (pixels(batch.images[i]) - expected).abs().mean() < 0.6  # another place or size would be over 5
+
+
+def test_batches_are_channels_last_with_targets_of_their_class(image_root):
+    data = ImageData(root=str(image_root), image_size=64, threads=1)
+    plan = BatchPlan.make(images=48, global_batch=16, micro_batch=8, world_size=1)
+    batch = next(data.train_batches(plan, Augmentation(), 0, world(), 0))
+    indices = TrainSampler(plan, 0, 0)[0].indices
+    assert batch.images.shape == (8, 3, 64, 64)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert batch.targets.tolist() == (indices // 8).tolist()
+
+
+def test_batches_depend_on_neither_threads_nor_start_nor_ranks(image_root):
+    plan = BatchPlan.make(images=48, global_batch=16, micro_batch=8, world_size=1)
+    shared = BatchPlan.make(images=48, global_batch=16, micro_batch=8, world_size=2)
+
+    def read(count, threads=1, plan=plan, rank=0, first_step=0):
+        data = ImageData(root=str(image_root), image_size=64, threads=threads)
+        batches = data.train_batches(plan, Augmentation(), 0, world(rank, plan.world_size), first_step)
+        return [next(batches) for _ in range(count)]
+
+    straight = read(8)
+    assert not torch.equal(straight[0].images, straight[6].images)  # another epoch
+    for ours, theirs in zip(straight, read(8, threads=2), strict=True):
+        assert torch.equal(ours.images, theirs.images)
+    for ours, theirs in zip(straight[6:], read(2, first_step=3), strict=True):
+        assert torch.equal(ours.images, theirs.images)
+    by_rank = [read(2, plan=shared, rank=rank) for rank in range(2)]
+    for n in range(4):
+        assert torch.equal(straight[n].images, by_rank[n % 2][n // 2].images)
+        assert torch.equal(straight[n].targets, by_rank[n % 2][n // 2].targets)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 20])
+def test_evaluation_shows_every_image_once_in_every_pass(image_root, world_size):
+    data = ImageData(root=str(image_root), image_size=32, threads=1, eval_batch_size=4)
+    loaders = [data.evaluation_batches(world(rank, world_size)) for rank in range(world_size)]
+    for _ in range(3):
+        targets = [t for loader in loaders for batch in loader for t in batch.targets.tolist()]
+        assert sorted(targets) == sorted(data.folders["val"].targets.tolist())
+
+
+def test_exif_does_not_turn_an_image(tmp_path, photos):
+    root = write(tmp_path, [crop(photos[0], 300, 400)])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    turned, straight = root / "val" / "a" / "00.jpg", root / "val" / "a" / "01.jpg"
+    (root / "val" / "a" / "00.png").unlink()
+    Image.fromarray(crop(photos[0], 300, 400)).save(turned, exif=exif)
+    Image.fromarray(crop(photos[0], 300, 400)).save(straight)
+    data = ImageData(root=str(root), threads=1)
+    (batch,) = data.evaluation_batches(world())
+    assert torch.equal(batch.images[0], batch.images[1])
+
+
+def test_grey_cmyk_and_mislabelled_images_have_three_channels(tmp_path, photos):
+    root = write(tmp_path, [crop(photos[0], 300, 400)])
+    image = Image.fromarray(crop(photos[0], 300, 400))
+    for i, mode in enumerate(("L", "CMYK", "RGB"), start=1):
+        image.convert(mode).save(root / "val" / "a" / f"{i:02d}.jpg")
+    image.save(root / "val" / "a" / "04.JPEG", format="PNG")
+    data = ImageData(root=str(root), image_size=64, threads=1)
+    (batch,) = data.evaluation_batches(world())
+    assert batch.images.shape == (5, 3, 64, 64)
+    assert (pixels(batch.images[1:]) - pixels(batch.images[:1])).abs().mean() < 30

@@ -1,0 +1,56 @@
+"""Listing and what is said about folders that are not as they should be."""
+
+import pytest
+
+from contextual_cnn.data.image_folder import open_image_folder
+from contextual_cnn.errors import UserError
+
+
+def make(root, *files):
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_bytes(b"")
+    return root
+
+
+def test_classes_and_images_are_sorted_and_strangers_passed_over(tmp_path):
+    make(
+        tmp_path,
+        "train/b/2.JPEG",
+        "train/b/1.jpg",
+        "train/a/x.png",
+        "train/a/notes.txt",
+        "train/.git/y.jpg",
+        "train/a/._x.png",
+    )
+    folder = open_image_folder(tmp_path, "train")
+    assert folder.classes == ("a", "b")
+    assert folder.paths == ("train/a/x.png", "train/b/1.jpg", "train/b/2.JPEG")
+    assert folder.targets.tolist() == [0, 1, 1]
+
+
+def test_targets_refer_to_the_given_classes(tmp_path):
+    make(tmp_path, "val/b/1.jpg", "val/a/1.jpg")
+    assert open_image_folder(tmp_path, "val", ("b", "a")).targets.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "looked for the folder .*train, found that .* is empty"),
+        (["n01440764/1.jpg"], "looked for the folder .*train, found in .*n01440764"),
+        (["train/1.jpg", "train/2.jpg"], "no class folders"),
+        (["train/a/1.jpg", "train/b/notes.txt"], "b has no images"),
+    ],
+)
+def test_what_was_looked_for_and_found_is_said(tmp_path, files, message):
+    with pytest.raises(UserError, match=message):
+        open_image_folder(make(tmp_path, *files), "train")
+
+
+def test_missing_root_and_other_classes(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        open_image_folder(tmp_path / "nowhere", "train")
+    make(tmp_path, "val/a/1.jpg", "val/c/1.jpg")
+    with pytest.raises(UserError, match="unexpected: c; missing: b"):
+        open_image_folder(tmp_path, "val", ("a", "b"))

@@ -1,0 +1,61 @@
+"""Evaluation counts; it does not average averages."""
+
+import contextlib
+
+import pytest
+import torch
+
+from contextual_cnn.contracts import Batch, StagedScores
+from contextual_cnn.distributed import World
+from contextual_cnn.engine.evaluator import evaluate
+from contextual_cnn.engine.metrics import labels_of, stage_hits, top_hits
+from contextual_cnn.models import build_model
+
+WORLD = World(0, 1, 0, torch.device("cpu"))
+
+
+def batches(sizes, classes=10):
+    return [Batch(torch.randn(n, 3, 32, 32), torch.randint(classes, (n,))) for n in sizes]
+
+
+def test_uneven_batches_are_counted_as_one_pass_of_images():
+    model = build_model(name="contextual_convnext_atto", num_classes=10)
+    data = batches((5, 3, 1))
+    split = evaluate({"raw": model}, data, 9, WORLD, contextlib.nullcontext())["raw"]
+    whole = Batch(torch.cat([b.images for b in data]), torch.cat([b.targets for b in data]))
+    together = evaluate({"raw": model}, [whole], 9, WORLD, contextlib.nullcontext())["raw"]
+    with torch.no_grad():
+        scores = model.eval()(whole.images, staged=True)
+    assert (
+        split["top1"]
+        == together["top1"]
+        == pytest.approx(100 * (scores.logits[-1].argmax(1) == whole.targets).float().mean().item())
+    )
+    assert split["loss"] == pytest.approx(
+        torch.nn.functional.cross_entropy(scores.logits[-1], whole.targets).item(), rel=1e-5
+    )
+    for i, shortlist in enumerate(scores.shortlists, start=1):
+        kept = [whole.targets[b].item() in shortlist[b].tolist() for b in range(9)]
+        assert split[f"recall_stage{i}"] == pytest.approx(100 * sum(kept) / 9)
+
+
+def test_an_image_lost_or_counted_twice_is_noticed():
+    model = build_model(name="convnext_atto", num_classes=10)
+    for sizes in ((4,), (4, 2)):
+        with pytest.raises(RuntimeError, match="of a split of 5"):
+            evaluate({"raw": model}, batches(sizes), 5, WORLD, contextlib.nullcontext())
+
+
+def test_models_return_in_their_mode_and_without_images_nothing_breaks():
+    model = build_model(name="convnext_atto", num_classes=3).train()
+    evaluate({"raw": model}, batches((2,), 3), 2, WORLD, contextlib.nullcontext())
+    assert model.training
+
+
+def test_hits():
+    logits = torch.tensor([[0.1, 0.9, 0.0], [0.5, 0.4, 0.1]])
+    labels = torch.tensor([1, 2])
+    assert {name: int(count) for name, count in top_hits(logits, labels).items()} == {"top1": 1, "top5": 2}
+    scores = StagedScores((logits, logits), (torch.tensor([[1, 0], [0, 1]]),))
+    assert int(stage_hits(scores, labels)["recall_stage1"]) == 1
+    assert labels_of(torch.tensor([[0.2, 0.8], [0.6, 0.4]])).tolist() == [1, 0]

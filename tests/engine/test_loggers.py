@@ -1,0 +1,79 @@
+"""The local file is the truth; W&B may fail in any way it likes."""
+
+import json
+
+import pytest
+import wandb
+
+from contextual_cnn.engine.loggers import JsonLinesLogger, WandbLogger, open_loggers, read_metrics
+from contextual_cnn.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _no_key(monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+def test_rows_of_a_killed_run_beyond_the_checkpoint_are_written_again_not_twice(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    logger = JsonLinesLogger(path, resumed_step=0)
+    for step in range(1, 8):
+        logger.log(step, {"loss": step / 2})
+    logger.close()
+    path.write_text(path.read_text() + '{"step": 8, "lo')  # killed in the middle of a line
+    logger = JsonLinesLogger(path, resumed_step=5)
+    logger.log(6, {"loss": 3.0})
+    logger.close()
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5, 6]
+    assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
+
+
+def test_without_a_key_wandb_runs_offline_and_keeps_its_id(tmp_path):
+    ids = []
+    for resumed_step in (0, 3):
+        logger = open_loggers(tmp_path, {"lr": 0.1}, "name", resumed_step, wandb="auto")
+        logger.log(resumed_step + 1, {"train/loss": 1.0})
+        logger.close()
+        ids.append((tmp_path / "wandb_id.txt").read_text())
+    assert ids[0] == ids[1]
+    runs = list((tmp_path / "wandb").glob("offline-run-*"))
+    assert len(runs) >= 1
+    assert all(run.name.endswith(ids[0]) for run in runs)
+
+
+def test_online_without_a_key_is_refused_before_anything_starts(tmp_path):
+    with pytest.raises(UserError, match="no W&B API key"):
+        open_loggers(tmp_path, {}, "name", 0, wandb="online")
+
+
+def test_unreachable_wandb_goes_offline_and_a_dead_one_stops_nothing(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    modes = []
+
+    class Run:
+        id = "x"
+
+        def define_metric(self, *_, **__):
+            pass
+
+        def log(self, _):
+            raise ConnectionResetError("the helper process is gone")
+
+        def finish(self):
+            raise ConnectionResetError("the helper process is gone")
+
+    def init(mode, **_):
+        modes.append(mode)
+        if mode == "online":
+            raise wandb.errors.CommError("no network")
+        return Run()
+
+    monkeypatch.setattr(wandb, "init", init)
+    logger = WandbLogger(tmp_path, {}, project="p", entity=None, run_name="n", mode="auto")
+    assert modes == ["online", "offline"]
+    logger.log(1, {"loss": 1.0})
+    logger.log(2, {"loss": 1.0})
+    logger.close()

@@ -1,0 +1,52 @@
+"""The classifying and merging steps against the paper's text, written out per sample and class."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from contextual_cnn.models.class_context import (
+    ClassEmbeddings,
+    Merging,
+    check_class_counts,
+    default_class_counts,
+)
+
+
+def test_scores_are_cosine_similarities_over_the_temperature():
+    embeddings = ClassEmbeddings(num_classes=7, embedding_dim=16)
+    v = torch.randn(3, 16)
+    expected = F.cosine_similarity(v[:, None], embeddings.weight[None], dim=2) / 0.07
+    torch.testing.assert_close(embeddings(v), expected)
+
+
+def test_temperature_is_clamped_at_a_hundredth():
+    embeddings = ClassEmbeddings(num_classes=7, embedding_dim=16)
+    torch.nn.init.constant_(embeddings.log_inverse_temperature, 50.0)
+    assert embeddings(torch.randn(3, 16)).abs().max() <= 100 + 1e-4
+
+
+def test_merging_equals_the_gathered_form():
+    """FC, LN, ReLU on each kept class's embedding, mean over them, FC, LN, ReLU (section 3.2)."""
+    merging = Merging(embedding_dim=16)
+    table = torch.randn(7, 16, requires_grad=True)
+    shortlist = torch.tensor([[0, 3, 6], [2, 1, 5]])
+    context = merging(table, shortlist)
+    gathered = torch.stack([merging.after(merging.before(table[kept]).mean(dim=0)) for kept in shortlist])
+    torch.testing.assert_close(context, gathered)
+    ours = torch.autograd.grad(context.sum(), table, retain_graph=True)
+    torch.testing.assert_close(ours, torch.autograd.grad(gathered.sum(), table))
+
+
+def test_default_class_counts_are_the_papers_scaled():
+    assert default_class_counts(1000) == (500, 200, 50)
+    assert default_class_counts(100) == (50, 20, 5)
+    for num_classes in range(4, 3000):
+        counts = default_class_counts(num_classes)
+        check_class_counts(num_classes, counts)
+        assert counts[-1] >= 2 or num_classes == 4
+
+
+@pytest.mark.parametrize("counts", [(11, 5, 2), (5, 5, 2), (5, 2, 3), (5, 2, 0), (5, 2), ()])
+def test_class_counts_that_do_not_fit_are_refused(counts):
+    with pytest.raises(ValueError, match="class_counts"):
+        check_class_counts(10, counts)

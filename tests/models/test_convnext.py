@@ -1,0 +1,218 @@
+"""Contextual ConvNeXt: drop-in for its plain twin, staged in training, dense in evaluation."""
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from contextual_cnn.contracts import StagedScores, is_considered
+from contextual_cnn.errors import UserError
+from contextual_cnn.models import build_model
+from contextual_cnn.models.contextual_conv import ContextualConv2d
+
+SIZES = ["atto", "tiny", "small", "base"]
+
+
+def atto(**options):
+    return build_model(name="contextual_convnext_atto", num_classes=10, **options)
+
+
+def wake_up(model):
+    """Gives every zero-initialised offset generator some weight, as training would."""
+    for module in model.modules():
+        if isinstance(module, ContextualConv2d):
+            torch.nn.init.normal_(module.weight_offset.out.weight, std=0.1)
+            torch.nn.init.normal_(module.sampling_offset.out.weight, std=0.5)
+    return model
+
+
+@pytest.mark.parametrize("layout", ["timm .pth", "timm .safetensors", "original ConvNeXt"])
+def test_plain_weights_make_an_exact_drop_in(tmp_path, layout):
+    plain = timm.create_model("convnext_atto", num_classes=1000).eval()
+    state = plain.state_dict()
+    if layout == "original ConvNeXt":
+        plain = timm.create_model("convnext_tiny").eval()
+        state = {"model": as_original(plain.state_dict())}
+    path = tmp_path / ("weights.safetensors" if "safetensors" in layout else "weights.pth")
+    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+    name = "contextual_convnext_tiny" if layout == "original ConvNeXt" else "contextual_convnext_atto"
+    model = build_model(name=name, num_classes=10, weights=str(path)).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward_features(images), plain.forward_features(images), rtol=1e-5, atol=1e-5)
+
+
+def as_original(state):
+    """timm's names -> those of the ConvNeXt repository."""
+
+    def rename(key):
+        for new, old in (
+            ("stem.", "downsample_layers.0."),
+            (".blocks.", "."),
+            ("conv_dw", "dwconv"),
+            ("mlp.fc", "pwconv"),
+            ("head.norm", "norm"),
+            ("head.fc", "head"),
+        ):
+            key = key.replace(new, old)
+        if ".downsample." in key:
+            stage, rest = key.removeprefix("stages.").split(".downsample.")
+            return f"downsample_layers.{stage}.{rest}"
+        return key
+
+    return {rename(key): value for key, value in state.items()}
+
+
+def test_training_gives_stages_and_evaluation_dense_logits():
+    model = atto(class_counts=[6, 4, 2])
+    images = torch.randn(3, 3, 64, 64)
+    scores = model(images)
+    assert isinstance(scores, StagedScores)
+    assert [tuple(logits.shape) for logits in scores.logits] == [(3, 10)] * 4
+    assert [tuple(shortlist.shape) for shortlist in scores.shortlists] == [(3, 6), (3, 4), (3, 2)]
+    with torch.no_grad():
+        assert model.eval()(images).shape == (3, 10)
+        assert isinstance(model(images, staged=True), StagedScores)
+
+
+def test_shortlists_are_the_highest_scores():
+    model = wake_up(atto(class_counts=[6, 4, 2])).eval()
+    scores = model.forward_stages(torch.randn(5, 3, 64, 64))
+    for logits, shortlist in zip(scores.logits, scores.shortlists, strict=False):
+        dropped = torch.ones_like(logits, dtype=torch.bool).scatter_(1, shortlist, False)
+        kept_worst = logits.gather(1, shortlist).min(dim=1).values
+        assert (kept_worst >= logits.masked_fill(~dropped, -torch.inf).max(dim=1).values).all()
+
+
+def test_rerank_scores_all_classes_at_every_stage():
+    scores = atto(selection="rerank").forward_stages(torch.randn(3, 3, 64, 64))
+    assert all(is_considered(logits).all() for logits in scores.logits)
+
+
+def test_reduce_considers_only_what_the_stage_before_kept():
+    model = wake_up(atto(selection="reduce", class_counts=[6, 4, 2])).eval()
+    scores = model.forward_stages(torch.randn(5, 3, 64, 64))
+    assert is_considered(scores.logits[0]).all()
+    for logits, before in zip(scores.logits[1:], scores.shortlists, strict=True):
+        expected = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, before, True)
+        assert torch.equal(is_considered(logits), expected)
+    images = torch.randn(5, 3, 64, 64)
+    dense, last_shortlist = model(images), model.forward_stages(images).shortlists[-1]
+    assert dense.isneginf().sum(dim=1).tolist() == [8] * 5
+    assert (dense.argmax(dim=1, keepdim=True) == last_shortlist).any(dim=1).all()
+
+
+def test_context_changes_the_features():
+    """The modulation is alive: the opposite shortlist gives other features."""
+    model = wake_up(atto(layer_scale=1.0)).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        before = model.forward_features(images)
+        model.class_embeddings.weight.neg_()
+        assert not torch.allclose(before, model.forward_features(images), rtol=1e-3, atol=1e-3)
+
+
+def test_renaming_the_classes_changes_nothing_else():
+    model = wake_up(atto(layer_scale=1.0)).eval()
+    images, order = torch.randn(2, 3, 64, 64), torch.randperm(10)
+    with torch.no_grad():
+        features, logits = model.forward_features(images), model(images)
+        model.class_embeddings.weight.copy_(model.class_embeddings.weight[order])
+        torch.testing.assert_close(model.forward_features(images), features)
+        torch.testing.assert_close(model(images), logits[:, order])
+
+
+def test_every_parameter_learns():
+    model = wake_up(atto(layer_scale=1.0, class_counts=[6, 4, 2], mask=True))
+    scores = model(torch.randn(4, 3, 64, 64))
+    sum(logits.square().mean() for logits in scores.logits).backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    # a mask generator's hidden layers get gradients once its zero-initialised last layer has moved
+    assert [name for name in silent if ".mask." not in name or ".mask.out." in name] == []
+
+
+def test_fresh_mask_changes_nothing():
+    torch.manual_seed(1)
+    with_mask = atto(mask=True).eval()
+    without = atto().eval()
+    without.load_state_dict({k: v for k, v in with_mask.state_dict().items() if ".mask." not in k})
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(with_mask(images), without(images))
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    images = torch.randn(2, 3, 64, 64)
+    model, gradients = wake_up(atto()), []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(images).logits[-1].square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_one_of_three_blocks_of_stages_2_to_4_is_contextual(size):
+    with torch.device("meta"):
+        model = timm.create_model(f"contextual_convnext_{size}")
+        plain = timm.create_model(f"convnext_{size}")
+    for i, (stage, plain_stage) in enumerate(zip(model.stages, plain.stages, strict=True)):
+        contextual = [j for j, block in enumerate(stage.blocks) if isinstance(block.conv_dw, ContextualConv2d)]
+        assert contextual == ([] if i == 0 else list(range(0, len(plain_stage.blocks), 3)))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (0, 3, 64, 64), (2, 3, 65, 97)])
+def test_any_image_and_batch_size(shape):
+    scores = atto().eval()(torch.randn(shape), staged=True)
+    assert scores.logits[-1].shape == (shape[0], 10)
+    assert scores.logits[-1].isfinite().all()
+
+
+def test_bfloat16_autocast_keeps_scores_in_float32():
+    model = wake_up(atto()).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        logits = model(images)
+    assert logits.dtype == torch.float32
+    assert (logits - model(images)).abs().max() < 1.0  # logits of about +-14, bfloat16 has 8 bits
+
+
+@pytest.mark.parametrize(("training", "backend"), [(True, "aot_eager"), (False, "inductor")])
+def test_compiles_without_graph_breaks(training, backend):
+    model = wake_up(atto()).train(training)
+    images = torch.randn(2, 3, 64, 64)
+    expected = model(images, staged=True).logits[-1]
+    compiled = torch.compile(model, fullgraph=True, backend=backend)(images, staged=True).logits[-1]
+    torch.testing.assert_close(compiled, expected, rtol=1e-3, atol=1e-3)
+
+
+MISTAKES = {
+    "unknown model": dict(name="contextual_convnxt_t"),
+    "class counts": dict(name="contextual_convnext_atto", class_counts=[10, 6, 6]),
+    "option of another model": dict(name="convnext_atto", class_counts=[6, 4, 2]),
+    "no such file": dict(name="convnext_atto", weights="/nowhere/weights.pth"),
+}
+
+
+@pytest.mark.parametrize("options", MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_explained(options):
+    with pytest.raises(UserError) as error:
+        build_model(num_classes=10, **options)
+    assert error.value.cause
+    assert error.value.fix
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path):
+    path = tmp_path / "resnet.pth"
+    torch.save(timm.create_model("resnet18").state_dict(), path)
+    with pytest.raises(UserError, match="does not fit"):
+        atto(weights=str(path))
+
+
+def test_damaged_or_hostile_weights_are_refused(tmp_path):
+    path = tmp_path / "weights.pth"
+    for content in (b"", b"not a checkpoint", b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00trueq\x85R."):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read"):
+            atto(weights=str(path))

@@ -1,0 +1,141 @@
+"""Every YAML composes and builds; every mistake is explained. Through Hydra, as a user meets it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+import evaluate
+import train
+from contextual_cnn import cli
+from contextual_cnn.contracts import StagedScores
+from contextual_cnn.data import Augmentation
+from contextual_cnn.engine.checkpoint import CheckpointStore
+from contextual_cnn.engine.trainer import TrainerSettings
+from contextual_cnn.losses import StagedCrossEntropy
+from contextual_cnn.models import build_model
+from contextual_cnn.optim import build_optimizer, build_schedule
+
+# torchrun's error file wants the real stderr, which pytest holds
+pytestmark = pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
+
+CONF = Path(__file__).parent.parent / "conf"
+GROUPS = ("model", "data", "augment", "loss", "optimizer", "schedule", "trainer", "checkpoint", "logger")
+OPTIONS = [(path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml")) if path.parent.name != "evaluate"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_hydra():
+    yield
+    GlobalHydra.instance().clear()
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return cli.read_config(compose("train", [f"data.root={CONF}", *overrides]), train.SCHEMA)
+
+
+def test_every_group_has_options():
+    assert {group for group, _ in OPTIONS} == {*GROUPS, "experiment"}
+    assert len(OPTIONS) >= 20
+
+
+@pytest.mark.parametrize(("group", "name"), OPTIONS, ids=[f"{group}={name}" for group, name in OPTIONS])
+def test_every_yaml_composes_and_builds(group, name):
+    extra = ["model.name=resnet18"] if name == "timm" else []
+    config = composed(f"{group}={name}", *extra)
+    Augmentation(**config["augment"])
+    StagedCrossEntropy(**config["loss"])
+    TrainerSettings(**config["trainer"])
+    CheckpointStore(Path(), **config["checkpoint"])
+    model = build_model(**config["model"] | {"num_classes": 10})
+    optimizer = build_optimizer(model, **config["optimizer"])
+    build_schedule(optimizer, 10, **config["schedule"]).step_update(3)
+    assert StagedScores.of(model(torch.zeros(2, 3, 32, 32))).logits[-1].shape == (2, 10)
+
+
+def test_the_default_is_the_papers_recipe():
+    config = composed()
+    assert config["trainer"]["global_batch_size"] == 4096
+    assert config["schedule"]["epochs"] == 300
+    assert config["schedule"]["warmup_epochs"] == 20
+    assert config["optimizer"] == dict(
+        name="adamw", lr=1e-3, weight_decay=0.05, betas=[0.9, 0.999], eps=1e-8, momentum=None
+    )
+    assert config["loss"]["alpha"] == 0.15
+    assert config["trainer"]["ema_decay"] == 0.9999
+
+
+@pytest.mark.parametrize("size", ["t", "s", "b", "atto"])
+def test_the_plain_twin_is_one_override_away(size):
+    contextual, plain = composed(f"model=contextual_convnext_{size}"), composed(f"model=convnext_{size}")
+    differing = {key for key in contextual if contextual[key] != plain[key]}
+    assert differing == {"model", "run_name"}
+    shared = {key: value for key, value in contextual["model"].items() if key in plain["model"] and key != "name"}
+    assert shared == {key: value for key, value in plain["model"].items() if key != "name"}
+
+
+MISTAKES = [
+    # command line, cause, fix
+    (["optimizer.lrr=1"], "there is no key optimizer.lrr", "did you mean optimizer.lr?"),
+    (["+optimizer.lrr=1"], "there is no key optimizer.lrr", "did you mean optimizer.lr?"),
+    (["+runname=x"], "there is no key runname", "did you mean run_name?"),
+    (["trainer.global_batchsize=8"], "there is no key trainer.global_batchsize", "trainer.global_batch_size?"),
+    (["optimizer=admw"], "there is no optimizer named admw", "did you mean optimizer=adamw?"),
+    (["model=contextual_convnxt_t"], "there is no model named", "did you mean model=contextual_convnext_t?"),
+    ([], "no value for data.root", "data.root=VALUE"),
+    (["data.root=/nowhere"], "looked for the folder /nowhere/train", "ROOT/train/CLASS"),
+    (["data.root=x", "trainer.global_batch_size=many"], "is not an integer", "trainer.global_batch_size=1"),
+    (["data.root=x", "trainer.compile=7"], "trainer.compile=7 is not true or false", "true"),
+    (["data.root=x", "model.selection=best"], "is not one of rerank, reduce", "model.selection=rerank"),
+    (["data.root=x", "augment.hflip=3"], "augment.hflip is a share", "augment.hflip=0"),
+    (["data.root=IMAGES", "trainer.global_batch_size=7"], "mixing needs an even micro-batch", "augment=none"),
+    (["data.root=IMAGES"], "48 images, less than one global batch of 4096", "trainer.global_batch_size=12"),
+    (["data.root=IMAGES", "trainer=smoke", "model.num_classes=9"], "model.num_classes=9", "null"),
+    (
+        ["data.root=IMAGES", "trainer=smoke", "model.class_counts=[5,5,2]"],
+        "class_counts must fall from stage to stage",
+        "model.class_counts",
+    ),
+    (["data.root=IMAGES", "trainer=smoke", "model=timm", "model.name=resnt50"], "no model named 'resnt50'", "timm"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause", "fix"), MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_mistakes_get_a_cause_a_fix_and_status_2(arguments, cause, fix, image_root, tmp_path, monkeypatch, capsys):
+    arguments = [argument.replace("IMAGES", str(image_root)) for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments, f"output_dir={tmp_path}"])
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    cli._wants_traceback.cache_clear()
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(train.main)
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert printed.splitlines()[0].startswith("error: ")
+    assert cause in printed.splitlines()[0]
+    assert fix in printed.splitlines()[1]
+    assert "Traceback" not in printed
+    assert not list(tmp_path.iterdir())  # nothing was started
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        ([], "no value for checkpoint"),
+        (["checkpoint=/nowhere"], "there is no checkpoint /nowhere"),
+        (["checkpoint=CONF"], "holds no checkpoints/best.pt"),
+        (["checkpoint=x", "weights=best"], "weights=best is not one of auto, raw, ema"),
+        (["checkpont=x"], "there is no key checkpont"),
+    ],
+)
+def test_evaluations_mistakes(arguments, cause, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *(a.replace("CONF", str(CONF)) for a in arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(evaluate.main)
+    assert stopped.value.code == 2
+    assert cause in capsys.readouterr().err
