@@ -17,7 +17,7 @@ from contextual_cnn.analysis.curves import plot_curves
 from contextual_cnn.cli import Group
 from contextual_cnn.data import Augmentation, ImageData
 from contextual_cnn.data.sampler import BatchPlan
-from contextual_cnn.distributed import World, process_group, world_size
+from contextual_cnn.distributed import World, process_group, same_on_all_ranks, world_size
 from contextual_cnn.engine.checkpoint import CheckpointStore
 from contextual_cnn.engine.loggers import NullLogger, open_loggers, read_metrics
 from contextual_cnn.engine.resume import load_last
@@ -25,7 +25,7 @@ from contextual_cnn.engine.run_folder import RunFolder, start_logging
 from contextual_cnn.engine.trainer import Trainer, TrainerSettings
 from contextual_cnn.errors import UserError
 from contextual_cnn.losses import StagedCrossEntropy
-from contextual_cnn.models import build_model
+from contextual_cnn.models import build_model, describe
 from contextual_cnn.optim import build_optimizer, build_schedule
 from contextual_cnn.randomness import seed_all
 
@@ -88,6 +88,11 @@ def train(
     run = RunFolder(Path(config["output_dir"]) / config["run_name"])
     store = CheckpointStore(run.checkpoints, **config["checkpoint"])
     state = load_last(store, config, data.classes, plan.images, config["resume"])
+    if not same_on_all_ranks(state["step"] if state else 0):
+        raise UserError(
+            f"the processes see different checkpoints in {run.checkpoints}",
+            "set output_dir to a folder that all nodes share",
+        )
     trainer = Trainer(
         settings,
         model=model,
@@ -119,13 +124,12 @@ def train(
         logger = open_loggers(run.path, config, config["run_name"], trainer.step, **config["logger"])
     log.info("run folder %s, device %s", run.path, world.device)
     log.info("%s", plan)
-    log.info(
-        "%s: %.2f M parameters, %d classes%s",
-        config["model"]["name"],
-        sum(p.numel() for p in model.parameters()) / 1e6,
-        data.num_classes,
-        model.describe() if hasattr(model, "describe") else "",
-    )
+    log.info("%s: %s", config["model"]["name"], describe(model))
+    if config["model"].get("selection") == "reduce":
+        log.warning(
+            "selection=reduce drops classes for good and collapsed to chance from a random start wherever it was tried "
+            "(docs/staged-loss.md); watch the recall per stage, or use model.selection=rerank"
+        )
     trainer.fit(logger, console)
     logger.close()
     if world.is_main:

@@ -88,3 +88,13 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def same_on_all_ranks(value: int) -> bool:
+    """Whether every process holds the same number."""
+    if not dist.is_initialized():
+        return True
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
+    extremes = torch.tensor([value, -value], device=device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    return extremes[0].item() == -extremes[1].item()

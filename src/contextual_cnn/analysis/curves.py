@@ -17,26 +17,23 @@ _STYLE = {
     "font.size": 9,
 }
 _PANELS = (
-    # title, axis label, metrics as (name, label), logarithmic
+    # title, axis label, metrics as (name, label)
     (
         "Accuracy",
         "top-1, %",
         (("val/top1", "val"), ("val_ema/top1", "val, EMA"), ("train/top1", "train")),
-        False,
     ),
     (
         "Loss",
         "loss",
         (("train/loss", "total"), *((f"train/loss_stage{i}", f"stage {i}") for i in range(1, 5))),
-        True,
     ),
     (
         "True class still on the shortlist (val)",
         "recall, %",
         tuple((f"val/recall_stage{i}", f"after stage {i}") for i in range(1, 4)),
-        False,
     ),
-    ("Learning rate", "lr", (("train/lr", "lr"),), False),
+    ("Learning rate", "lr", (("train/lr", "lr"),)),
 )
 
 
@@ -44,7 +41,7 @@ def plot_curves(rows: Sequence[dict[str, float]], path: Path, title: str) -> Non
     """Draws accuracy, losses, recall per stage and learning rate over the steps, as far as the rows have them."""
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
-        for axis, (panel, label, metrics, logarithmic) in zip(axes.flat, _PANELS, strict=True):
+        for axis, (panel, label, metrics) in zip(axes.flat, _PANELS, strict=True):
             for name, legend in metrics:
                 points = [(row["step"], row[name]) for row in rows if name in row]
                 if points:
@@ -57,8 +54,6 @@ def plot_curves(rows: Sequence[dict[str, float]], path: Path, title: str) -> Non
             axis.set(title=panel, xlabel="step", ylabel=label)
             if axis.lines:
                 axis.legend(frameon=False)
-                if logarithmic:
-                    axis.set_yscale("log")
             else:
                 axis.text(0.5, 0.5, "this model has no stages", ha="center", transform=axis.transAxes, color="grey")
         figure.suptitle(title)

@@ -24,8 +24,9 @@ class Sums:
 
     def add(self, **values: Tensor | float) -> None:
         for name, value in values.items():
-            value = torch.as_tensor(value, dtype=torch.float64, device=self._device)
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            if name not in self._sums:
+                self._sums[name] = torch.zeros((), dtype=torch.float64, device=self._device)
+            self._sums[name] = self._sums[name] + value
 
     def read(self) -> dict[str, float]:
         """The sums over all ranks since the last read; starts again from zero."""

@@ -277,11 +277,24 @@ class Trainer:
             reports["raw"]["images_per_second"],
             "  (best so far)" if is_best else "",
         )
+        self._warn_of_collapse(reports["raw"])
         prefixes = {"raw": "val", "ema": "val_ema"}
         metrics = {
             f"{prefixes[name]}/{key}": value for name, report in reports.items() for key, value in report.items()
         }
         return metrics, is_best
+
+    def _warn_of_collapse(self, report: dict[str, float]) -> None:
+        """A staged loss can fall by losing targets; a shortlist no better than a random one shows it."""
+        counts = getattr(self.module, "class_counts", ())
+        for i, count in enumerate(counts, start=1):
+            recall, chance = report[f"recall_stage{i}"], 100 * count / self.data.num_classes
+            if recall < 1.1 * chance and chance < 90:
+                log.warning(
+                    "the shortlist after stage %d holds the true class in %.1f %% of the val images, "
+                    "a random one in %.1f %%: stage %d has learned nothing yet",
+                    *(i, recall, chance, i),
+                )
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -84,6 +84,14 @@ def build_model(
     return model
 
 
+def describe(model: nn.Module) -> str:
+    """One line for the log: size and, of a contextual model, its classes from stage to stage."""
+    text = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {model.num_classes} classes"
+    if not isinstance(model, ContextualConvNeXt):
+        return text
+    return f"{text} -> {' -> '.join(map(str, model.class_counts))}, selection {model.selection}"
+
+
 def load_weights(model: nn.Module, path: Path) -> None:
     """Loads timm, original ConvNeXt or our own weights from a file, and says what was left at its initial value.
 

@@ -1,0 +1,52 @@
+"""Parameters and multiply-adds of a model, counted by running it."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from contextual_cnn.models.contextual_conv import ContextualConv2d
+
+
+class Cost(NamedTuple):
+    """What a model costs.
+
+    parameters: numbers.
+    macs: multiply-adds of convolutions and matrix products for each image; a contextual convolution counts as the
+        convolution that it replaces plus what generates its offsets.
+    interpolation: the four further multiply-adds of each bilinear sample, for each image; papers do not count them.
+    per_batch: multiply-adds that a batch of any size needs once (the merging layers' products with the class table).
+    """
+
+    parameters: int
+    macs: int
+    interpolation: int
+    per_batch: int
+
+
+def count_cost(model: nn.Module, image_size: int = 224) -> Cost:
+    """Runs one and two images of zeros through the model in eval mode; the difference is the cost of an image."""
+    macs_of_one, samples = _run(model.eval(), 1, image_size)
+    macs_of_two, _ = _run(model, 2, image_size)
+    macs = macs_of_two - macs_of_one
+    return Cost(sum(p.numel() for p in model.parameters()), macs, 4 * samples, macs_of_one - macs)
+
+
+def _run(model: nn.Module, batch_size: int, image_size: int) -> tuple[int, int]:
+    """Multiply-adds, and samples taken by contextual convolutions: (output number, tap) pairs."""
+    samples = 0
+
+    def count_samples(module: ContextualConv2d, _: tuple, output: Tensor) -> None:
+        nonlocal samples
+        samples += output.numel() * module.weight[0].numel()
+
+    modules = [module for module in model.modules() if isinstance(module, ContextualConv2d)]
+    handles = [module.register_forward_hook(count_samples) for module in modules]
+    counter = FlopCounterMode(display=False)
+    with counter:  # gradients stay on: the counter hooks into the graph of parameters that are passed as inputs
+        model(torch.zeros(batch_size, 3, image_size, image_size))
+    for handle in handles:
+        handle.remove()
+    # The counter sees nothing of the op itself, neither embedding_bag nor an elementwise product
+    return counter.get_total_flops() // 2 + samples, samples

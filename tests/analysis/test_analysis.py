@@ -1,0 +1,51 @@
+"""What is counted and drawn."""
+
+import pytest
+import timm
+from PIL import Image
+
+from contextual_cnn.analysis.cost import count_cost
+from contextual_cnn.analysis.curves import plot_curves
+from contextual_cnn.models import build_model
+
+
+def test_the_plain_models_cost_is_the_published_one():
+    cost = count_cost(timm.create_model("convnext_tiny"))
+    assert cost.parameters == 28_589_128
+    assert cost.macs == pytest.approx(4.456e9, rel=1e-3)  # timm's own count
+    assert cost.interpolation == cost.per_batch == 0
+
+
+def test_a_contextual_model_costs_its_twin_plus_what_the_definition_adds():
+    """By hand, for the tiny model: 5 contextual layers, each stage's projection, three mergings."""
+    cost, plain = count_cost(build_model(name="contextual_convnext_tiny", num_classes=1000)), 4.455e9
+    layers = [(192, 28), (384, 14), (384, 14), (384, 14), (768, 7)]
+    taps, context = 49, 256
+    samples = sum(channels * side**2 * taps for channels, side in layers)
+    generators = sum(
+        (channels + context) * (channels // 16)  # weight offsets: hidden
+        + channels // 16 * channels * taps  # weight offsets: out
+        + channels * 2 * taps * side**2  # sampling offsets: 1x1 convolution
+        + context * 2 * taps  # its context part
+        + 2 * taps * taps * side**2  # sampling offsets: depthwise convolution
+        for channels, side in layers
+    )
+    stages = sum(channels**2 + channels * context + context * 1000 for channels in (96, 192, 384, 768))
+    mergings = 3 * (1000 * 128 + 128 * context)  # share @ table, and the second FC
+    head = 768 * 1000
+    assert cost.interpolation == 4 * samples
+    assert cost.per_batch == 3 * 1000 * context * 128
+    assert cost.macs == pytest.approx(plain - head + generators + stages + mergings, rel=1e-3)
+
+
+def test_curves_are_drawn_from_whatever_rows_there_are(tmp_path):
+    rows = [
+        {"step": 1, "train/loss": 2.0, "train/loss_stage1": 1.0, "train/lr": 0.1, "train/top1": 5.0},
+        {"step": 2, "val/top1": 50.0, "val/recall_stage1": 80.0},
+        {"step": 2, "train/loss": 1.0, "train/loss_stage1": 0.5, "train/lr": 0.2, "train/top1": 9.0},
+    ]
+    for name, some in (("all", rows), ("none", [])):
+        plot_curves(some, tmp_path / f"{name}.png", "run")
+    with Image.open(tmp_path / "all.png") as drawn, Image.open(tmp_path / "none.png") as empty:
+        assert drawn.size == (1200, 780)
+        assert len(drawn.convert("RGB").getcolors(1 << 20)) > len(empty.convert("RGB").getcolors(1 << 20)) + 20
