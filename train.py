@@ -27,7 +27,7 @@ from contextual_cnn.errors import UserError
 from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.models import build_model, describe
 from contextual_cnn.optim import build_optimizer, build_schedule
-from contextual_cnn.randomness import seed_all
+from contextual_cnn.randomness import Purpose, seed_all
 
 log = logging.getLogger("contextual_cnn.train")
 
@@ -78,7 +78,7 @@ def train(
 ) -> None:
     console = start_logging(world.is_main)
     torch.set_float32_matmul_precision("high")
-    seed_all(config["seed"])
+    seed_all(Purpose.INITIAL_WEIGHTS, config["seed"])
     model = build_model(**config["model"]).to(world.device)
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)

@@ -7,6 +7,7 @@ So nothing has to be saved to resume a run exactly, and the number of processes,
 """
 
 import random
+from enum import IntEnum
 
 import numpy as np
 import torch
@@ -14,13 +15,22 @@ import torch
 _WORDS_PER_COUNT = 4  # one increment of Philox's counter yields four 64-bit words, one word a double
 
 
-def generator(*key: int) -> np.random.Generator:
+class Purpose(IntEnum):
+    """What numbers are drawn for: first part of every key, so that no two purposes share a stream."""
+
+    INITIAL_WEIGHTS = 1
+    EPOCH_ORDER = 2
+    IMAGE = 3
+    MICRO_BATCH = 4
+
+
+def generator(purpose: Purpose, *key: int) -> np.random.Generator:
     """A numpy generator that depends on the key alone."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+    return np.random.Generator(_philox(purpose, *key))
 
 
-def uniform_rows(*key: int, start: int, rows: int, columns: int) -> np.ndarray:
-    """Rows `start` to `start + rows` of an endless table of uniform [0, 1) numbers, without making the rows before.
+def uniform_rows(purpose: Purpose, *key: int, start: int, rows: int, columns: int) -> np.ndarray:
+    """Rows `start` to `start + rows` of an endless table of uniform [0, 1) numbers; the rows before are not made.
 
     Args:
         key: which table.
@@ -31,14 +41,18 @@ def uniform_rows(*key: int, start: int, rows: int, columns: int) -> np.ndarray:
     """
     if columns % _WORDS_PER_COUNT:
         raise ValueError(f"columns must be a multiple of {_WORDS_PER_COUNT}, got {columns}")
-    philox = np.random.Philox(np.random.SeedSequence(key))
+    philox = _philox(purpose, *key)
     philox.advance(start * columns // _WORDS_PER_COUNT)
     return np.random.Generator(philox).random((rows, columns))
 
 
-def seed_all(*key: int) -> None:
+def seed_all(purpose: Purpose, *key: int) -> None:
     """Sets the generators that libraries draw from: Python's (timm's erasing), numpy's (timm's Mixup), torch's."""
-    words = np.random.SeedSequence(key).generate_state(2, np.uint32)
+    words = np.random.SeedSequence((purpose, *key)).generate_state(2, np.uint32)
     random.seed(int(words[0]))
     np.random.seed(int(words[0]))  # noqa: NPY002 - timm's Mixup draws from the legacy generator
     torch.manual_seed(int(words[1]))
+
+
+def _philox(*key: int) -> np.random.Philox:
+    return np.random.Philox(np.random.SeedSequence(key))

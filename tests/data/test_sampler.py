@@ -7,7 +7,7 @@ import pytest
 
 from contextual_cnn.data.sampler import BatchPlan, TrainSampler, epoch_order, evaluation_batches
 from contextual_cnn.errors import UserError
-from contextual_cnn.randomness import uniform_rows
+from contextual_cnn.randomness import Purpose, uniform_rows
 
 
 def plan(images=100, global_batch=16, micro_batch=4, world_size=2):
@@ -93,9 +93,9 @@ def test_evaluation_counts_every_image_once():
 
 
 def test_rows_of_the_uniform_table_do_not_depend_on_how_it_is_read():
-    table = uniform_rows(1, 2, start=0, rows=50, columns=24)
-    assert (uniform_rows(1, 2, start=17, rows=9, columns=24) == table[17:26]).all()
-    assert (uniform_rows(1, 3, start=0, rows=50, columns=24) != table).all()
-    big = uniform_rows(5, start=0, rows=20000, columns=4)
+    table = uniform_rows(Purpose.IMAGE, 2, start=0, rows=50, columns=24)
+    assert (uniform_rows(Purpose.IMAGE, 2, start=17, rows=9, columns=24) == table[17:26]).all()
+    assert (uniform_rows(Purpose.IMAGE, 3, start=0, rows=50, columns=24) != table).all()
+    big = uniform_rows(Purpose.IMAGE, 5, start=0, rows=20000, columns=4)
     assert abs(big.mean() - 0.5) < 0.005
     assert abs(np.corrcoef(big.T) - np.eye(4)).max() < 0.03

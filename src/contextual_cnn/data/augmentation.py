@@ -17,7 +17,7 @@ from timm.data.random_erasing import RandomErasing
 from contextual_cnn.contracts import Batch
 from contextual_cnn.data.sampler import MicroBatch
 from contextual_cnn.errors import UserError
-from contextual_cnn.randomness import uniform_rows
+from contextual_cnn.randomness import Purpose, uniform_rows
 
 ATTEMPTS = 10  # torchvision's and timm's number of tries at a random crop before the fallback
 _COLUMNS = 2 * ATTEMPTS + 4  # area and aspect of each attempt, row, column, flip, and one to a multiple of four
@@ -89,7 +89,7 @@ class Draws:
 
 def draw(augmentation: Augmentation, seed: int, batch: MicroBatch) -> Draws:
     """The draws of a micro-batch's images; another cut into micro-batches draws the same for each image."""
-    u = uniform_rows(seed, batch.epoch, 1, start=batch.start, rows=len(batch.indices), columns=_COLUMNS)
+    u = uniform_rows(Purpose.IMAGE, seed, batch.epoch, start=batch.start, rows=len(batch.indices), columns=_COLUMNS)
     low, high = augmentation.scale
     side = np.sqrt(low + (high - low) * u[:, :ATTEMPTS])
     low, high = (math.log(bound) for bound in augmentation.ratio)

@@ -3,12 +3,16 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from contextual_cnn.data.augmentation import Augmentation
 from contextual_cnn.data.image_folder import open_image_folder
 from contextual_cnn.data.sampler import BatchPlan, TrainSampler
 from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError
+
+if TYPE_CHECKING:
+    from contextual_cnn.data.dali import EvaluationBatches, TrainBatches
 
 
 class ImageData:
@@ -61,14 +65,16 @@ class ImageData:
     def num_classes(self) -> int:
         return len(self.classes)
 
-    def train_batches(self, plan: BatchPlan, augmentation: Augmentation, seed: int, world: World, first_step: int):
+    def train_batches(
+        self, plan: BatchPlan, augmentation: Augmentation, seed: int, world: World, first_step: int
+    ) -> "TrainBatches":
         """This rank's endless micro-batches from a step on."""
         from contextual_cnn.data.dali import TrainBatches  # after the checks: importing DALI takes seconds
 
         sampler = TrainSampler(plan, seed, world.rank, first_step)
         return TrainBatches(self.folders["train"], sampler, augmentation, **self._image, **self._running_on(world))
 
-    def evaluation_batches(self, world: World):
+    def evaluation_batches(self, world: World) -> "EvaluationBatches":
         """This rank's share of the val split, as often as it is iterated."""
         from contextual_cnn.data.dali import EvaluationBatches
 

@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 
 from contextual_cnn.errors import UserError
-from contextual_cnn.randomness import generator
+from contextual_cnn.randomness import Purpose, generator
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class TrainSampler:
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
     """The permutation of an epoch, the same on every rank."""
-    order = generator(seed, epoch).permutation(images)
+    order = generator(Purpose.EPOCH_ORDER, seed, epoch).permutation(images)
     order.setflags(write=False)
     return order
 

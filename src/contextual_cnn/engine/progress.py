@@ -1,6 +1,7 @@
 """How a run is shown to a person: a live bar on a terminal, plain lines elsewhere."""
 
 import logging
+import time
 from datetime import timedelta
 
 from rich.console import Console
@@ -36,7 +37,7 @@ class ProgressDisplay:
 
     def __init__(self, console: Console, steps: int, steps_per_epoch: int, first_step: int) -> None:
         self._steps, self._steps_per_epoch = steps, steps_per_epoch
-        self._first_step, self._seconds = first_step, 0.0
+        self._first_step, self._started = first_step, time.perf_counter()
         self._bar = None
         if console.is_terminal:
             self._bar = Progress(
@@ -64,11 +65,12 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
-    def report(self, step: int, metrics: dict[str, float], seconds: float) -> None:
-        """The metrics of a log step; `seconds` is what the run has taken since it started."""
+    def report(self, step: int, metrics: dict[str, float]) -> None:
+        """The metrics of a log step."""
         where = f"epoch {(step - 1) // self._steps_per_epoch + 1} step {step}/{self._steps}"
         if self._bar is not None:
             self._bar.update(self._task, description=f"{where}  {describe(metrics)}")
         else:
-            remaining = seconds / max(1, step - self._first_step) * (self._steps - step)
+            seconds_per_step = (time.perf_counter() - self._started) / (step - self._first_step)
+            remaining = seconds_per_step * (self._steps - step)
             log.info("%s: %s, eta %s", where, describe(metrics), timedelta(seconds=round(remaining)))

@@ -1,17 +1,16 @@
 """The training loop: steps of accumulated micro-batches, an evaluation and a checkpoint after each epoch."""
 
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.console import Console
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from timm.utils import ModelEmaV3, distribute_bn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from contextual_cnn.contracts import Batch, StagedScores
@@ -22,12 +21,15 @@ from contextual_cnn.distributed import World
 from contextual_cnn.engine.checkpoint import CheckpointStore
 from contextual_cnn.engine.evaluator import evaluate
 from contextual_cnn.engine.loggers import MetricsLogger
-from contextual_cnn.engine.metrics import Sums, labels_of, stage_hits, top_hits
 from contextual_cnn.engine.progress import ProgressDisplay
+from contextual_cnn.engine.train_meter import TrainMeter
 from contextual_cnn.errors import UserError
 from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.optim import step_if_finite
-from contextual_cnn.randomness import seed_all
+from contextual_cnn.randomness import Purpose, seed_all
+
+if TYPE_CHECKING:
+    from contextual_cnn.data.dali import EvaluationBatches
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +66,11 @@ class TrainerSettings:
     timeout_minutes: float = 10
 
     def __post_init__(self) -> None:
-        for key in ("log_every", "eval_every", "max_skipped_steps"):
-            if getattr(self, key) < 1:
+        for key in ("log_every", "eval_every", "max_skipped_steps", "max_steps"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise UserError(f"trainer.{key} must be 1 or more, got {getattr(self, key)}", f"trainer.{key}=1")
+        if self.grad_clip is not None and self.grad_clip <= 0:
+            raise UserError(f"trainer.grad_clip must be above 0, got {self.grad_clip}", "trainer.grad_clip=null is off")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise UserError(
                 f"trainer.ema_decay must be at least 0 and below 1, got {self.ema_decay}",
@@ -113,8 +117,8 @@ class Trainer:
         self.ema = None
         if settings.ema_decay is not None:
             self.ema = ModelEmaV3(model, decay=settings.ema_decay, use_warmup=settings.ema_warmup)
-        self.total_steps = epochs * plan.steps_per_epoch
-        self.last_step = min(self.total_steps, settings.max_steps or self.total_steps)
+        whole = epochs * plan.steps_per_epoch
+        self.last_step = min(whole, settings.max_steps or whole)
         self.step, self.best = 0, {"top1": -1.0, "epoch": 0, "weights": "raw"}
         if state is not None:
             self._restore(state)
@@ -127,32 +131,22 @@ class Trainer:
                 gradient_as_bucket_view=True,
             )
         self.augment = BatchAugmentation(augmentation, data.num_classes, world.device)
-        self.sums = Sums(world.device)
-        self.skipped = torch.zeros((), device=world.device)  # steps in a row
+        self.meter = TrainMeter(world)
 
-    def fit(self, logger: MetricsLogger, console: Console) -> dict[str, float]:
-        """Trains to the last step.
-
-        Returns:
-            The last evaluation's metrics.
-        """
+    def fit(self, logger: MetricsLogger, console: Console) -> None:
+        """Trains to the last step."""
         batches = self.data.train_batches(self.plan, self.augmentation, self.seed, self.world, self.step)
         val_batches = self.data.evaluation_batches(self.world)
-        metrics: dict[str, float] = {}
-        self._started, self._first_step = time.perf_counter(), self.step
-        self._since, self._waited = self._started, 0.0
         self.module.train()
+        self.meter.restart_clock()
         with ProgressDisplay(console, self.last_step, self.plan.steps_per_epoch, self.step) as progress:
-            while self.step < self.last_step:
+            while not self.is_complete:
                 self._train_step(batches)
-                if self.step % self.settings.log_every == 0 or self.step == self.last_step:
-                    train_metrics = self._read_metrics()
-                    logger.log(self.step, train_metrics)
-                    progress.report(self.step, train_metrics, time.perf_counter() - self._started)
                 progress.advance(self.step)
-                if self.step % self.plan.steps_per_epoch == 0 or self.step == self.last_step:
-                    metrics = self._end_epoch(val_batches, logger) or metrics
-        return metrics
+                if self.step % self.settings.log_every == 0 or self.is_complete:
+                    self._log_step(logger, progress)
+                if self.step % self.plan.steps_per_epoch == 0 or self.is_complete:
+                    self._end_epoch(val_batches, logger)
 
     @property
     def is_complete(self) -> bool:
@@ -168,97 +162,69 @@ class Trainer:
         self.schedule.step_update(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         for accumulated in range(self.plan.accumulation):
-            waiting = time.perf_counter()
-            batch = next(batches)
-            self._waited += time.perf_counter() - waiting
+            with self.meter.waiting_for_data():
+                batch = next(batches)
             # All that is drawn for this micro-batch hangs on its number, not on who computes it or what came before
-            seed_all(self.seed, self.plan.micro_batch_number(self.step, accumulated, self.world.rank))
+            number = self.plan.micro_batch_number(self.step, accumulated, self.world.rank)
+            seed_all(Purpose.MICRO_BATCH, self.seed, number)
             self._accumulate(self.augment(batch), last=accumulated == self.plan.accumulation - 1)
         norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.grad_clip or float("inf"))
         finite = torch.isfinite(norm)  # of the reduced gradient, hence the same on all ranks
         step_if_finite(self.optimizer, finite)
         if self.ema is not None:
             self.ema.update(self.module, step=self.step + 1 if self.settings.ema_warmup else None)
-        self.skipped = (self.skipped + 1) * ~finite
-        # The norm is the same on every rank: shared out, so that the sum over ranks is right
-        self.sums.add(steps=1 / self.world.size, grad_norm=norm / self.world.size, skipped=~finite / self.world.size)
+        self.meter.add_step(norm, finite)
         self.step += 1
 
     def _accumulate(self, batch: Batch, last: bool) -> None:
         """Forward and backward of one micro-batch; gradients cross the ranks with the last one only."""
-        silent = self.world.size > 1 and not last
-        with self.model.no_sync() if silent else nullcontext():
-            images = batch.images
-            if self.settings.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
+        images = batch.images
+        if self.settings.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with self.model.no_sync() if self.world.size > 1 and not last else nullcontext():
             with self.settings.autocast(self.world.device):
                 scores = StagedScores.of(self.model(images))
             loss = self.loss(scores, batch.targets)
             (loss.total / self.plan.accumulation).backward()
-        self._count(scores, loss.total.detach(), loss.parts, labels_of(batch.targets))
+        self.meter.add_micro_batch(scores, loss, batch.targets)
 
-    def _count(self, scores: StagedScores, total: Tensor, parts: dict[str, Tensor], labels: Tensor) -> None:
-        with torch.no_grad():
-            self.sums.add(
-                images=len(labels),
-                loss=total * len(labels),
-                **{name: value * len(labels) for name, value in parts.items()},
-                **top_hits(scores.logits[-1], labels, ks=(1,)),
-                **stage_hits(scores, labels),
-            )
-
-    def _read_metrics(self) -> dict[str, float]:
-        """The metrics since the last read, over all ranks. The one place in the loop that waits for the device.
+    def _log_step(self, logger: MetricsLogger, progress: ProgressDisplay) -> None:
+        """Reads and shows the metrics; the one place in the loop that waits for the device.
 
         Raises:
             UserError: the gradients have not been finite for too long.
         """
-        skipped_in_a_row = int(self.skipped)
-        sums = self.sums.read()
-        images, steps = sums.pop("images"), sums.pop("steps")
-        now = time.perf_counter()
-        metrics = {
-            "train/epoch": self.step / self.plan.steps_per_epoch,
-            "train/lr": max(group["lr"] for group in self.optimizer.param_groups),
-            "train/grad_norm": sums.pop("grad_norm") / steps,
-            "train/skipped_steps": sums.pop("skipped"),
-            "train/images_per_second": images / (now - self._since),
-            "train/data_wait": 100 * self._waited / (now - self._since),
-        }
-        self._since, self._waited = now, 0.0
-        percent = ("top1", "recall")
-        for name, value in sums.items():
-            metrics[f"train/{name}"] = value / images * (100 if name.startswith(percent) else 1)
-        if self.world.device.type == "cuda":
-            metrics["train/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        measured, skipped_in_a_row = self.meter.read()
+        measured["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
+        measured["epoch"] = self.step / self.plan.steps_per_epoch
+        metrics = {f"train/{name}": value for name, value in measured.items()}
+        logger.log(self.step, metrics)
+        progress.report(self.step, metrics)
         if skipped_in_a_row >= self.settings.max_skipped_steps:
             raise UserError(
                 f"the gradients were not finite for {skipped_in_a_row} steps up to step {self.step} "
-                f"(loss {metrics['train/loss']:.3g}, lr {metrics['train/lr']:.3g}); those steps changed no weight",
+                f"(loss {measured['loss']:.3g}, lr {measured['lr']:.3g}); those steps changed no weight",
                 "try a smaller optimizer.lr, trainer.grad_clip=1.0 or trainer.precision=fp32, under a new run_name",
             )
-        return metrics
 
-    def _end_epoch(self, val_batches, logger: MetricsLogger) -> dict[str, float]:
-        """Evaluates, logs, saves. Returns the evaluation's metrics, or none if it was not this epoch's turn."""
-        ending = self.step == self.last_step
-        metrics, is_best = {}, False
-        if ending or self.epoch % self.settings.eval_every == 0:
+    def _end_epoch(self, val_batches: "EvaluationBatches", logger: MetricsLogger) -> None:
+        """Evaluates, logs and saves, as far as it is this epoch's turn."""
+        is_best = False
+        if self.is_complete or self.epoch % self.settings.eval_every == 0:
             metrics, is_best = self._evaluate(val_batches)
             logger.log(self.step, metrics)
-        if self.world.is_main and (ending or is_best or self.epoch % self.store.every_epochs == 0):
+        if self.world.is_main and (self.is_complete or is_best or self.epoch % self.store.every_epochs == 0):
             state = self._state()
             if is_best:
                 self.store.save(state, self.store.best)
             self.store.save(state, self.store.last)
-        self._since, self._waited = (
-            time.perf_counter(),
-            0.0,
-        )  # the epoch's end is no part of the training speed
-        return metrics
+        self.meter.restart_clock()
 
-    def _evaluate(self, val_batches) -> tuple[dict[str, float], bool]:
+    def _evaluate(self, val_batches: "EvaluationBatches") -> tuple[dict[str, float], bool]:
         models = {"raw": self.module} | ({"ema": self.ema.module} if self.ema is not None else {})
+        if self.world.size > 1:
+            for model in models.values():  # running statistics of batch norms differ from rank to rank
+                distribute_bn(model, self.world.size, reduce=True)
         autocast = self.settings.autocast(self.world.device)
         reports = evaluate(models, val_batches, val_batches.images, self.world, autocast)
         weights = max(reports, key=lambda name: reports[name]["top1"])
@@ -314,5 +280,8 @@ class Trainer:
         self.module.load_state_dict(state["model"])
         if self.ema is not None and state["ema"] is not None:
             self.ema.module.load_state_dict(state["ema"])
+        options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, configured in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(configured)  # load_state_dict would let the checkpoint's options override the config's
         self.step, self.best = state["step"], state["best"]
