@@ -3,13 +3,22 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torchvision.ops import deform_conv2d
 
-from contextual_cnn.ops import contextual_conv2d
+from contextual_cnn.errors import UserError
+from contextual_cnn.ops import contextual_conv2d, sampled_conv, sampled_conv_cpp
 from contextual_cnn.ops.contextual_conv import output_size
 from tests import reference
+
+
+@pytest.fixture(params=["cpp", "torch"], autouse=True)
+def implementation(request, monkeypatch):
+    """Every identity holds for every implementation."""
+    monkeypatch.setenv("CONTEXTUAL_CNN_OPS", request.param)
+    assert request.param != "cpp" or sampled_conv_cpp.is_available()
+    return request.param
 
 
 def example(batch=2, channels=3, height=5, width=6, kernel=3, stride=1, padding=1, dilation=1, spread=1.5, seed=0):
@@ -74,7 +83,7 @@ def test_equals_slow_loop_and_torchvision(shape):
     torch.testing.assert_close(y, torchvision_conv(*tensors.values(), **geometry))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.integers(1, 3),
     channels=st.integers(1, 5),
@@ -154,8 +163,66 @@ def test_empty_batch_and_channels_last():
 def test_large_batches_are_computed_in_chunks(monkeypatch):
     tensors, geometry = example(batch=5)
     whole = call(tensors, geometry)
-    monkeypatch.setattr("contextual_cnn.ops.embedding_bag._CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("contextual_cnn.ops.sampled_conv_torch._CHUNK_ELEMENTS", 1)
     torch.testing.assert_close(call(tensors, geometry), whole)
+
+
+def test_threads_change_nothing():
+    """With fewer samples than threads the C++ kernel cuts the channels into ranges."""
+    tensors, geometry = example(batch=1, channels=100)
+    results, threads = [], torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+        call(leaves, geometry).square().sum().backward()
+        results.append([leaf.grad for leaf in leaves.values()])
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        for one, another in zip(results[0], other, strict=True):
+            torch.testing.assert_close(one, another)
+
+
+@pytest.mark.parametrize("absent", [(), ("mask",), ("sampling_offset",)])
+def test_the_operator_keeps_torchs_rules(absent):
+    """Schema, fake tensors, autograd and compilation agree with what the operator does."""
+    tensors, geometry = example()
+    offset, mask = (None if name in absent else tensors[name].requires_grad_() for name in ("sampling_offset", "mask"))
+    weight = (tensors["weight"].squeeze(1) + tensors["weight_offset"]).requires_grad_()
+    torch.library.opcheck(
+        sampled_conv.kernel, (tensors["x"].requires_grad_(), weight, offset, mask, *geometry.values())
+    )
+
+
+def test_compiles_and_exports_whole():
+    class Layer(torch.nn.Module):
+        def forward(self, *values):
+            return call(dict(zip(tensors, values, strict=True)), geometry)
+
+    tensors, geometry = example()
+    expected = call(tensors, geometry)
+    inputs = tuple(tensors.values())
+    torch.testing.assert_close(torch.compile(Layer(), fullgraph=True, backend="aot_eager")(*inputs), expected)
+    torch.testing.assert_close(torch.export.export(Layer(), inputs).module()(*inputs), expected)
+
+
+def test_an_unknown_implementation_is_refused(monkeypatch):
+    monkeypatch.setenv("CONTEXTUAL_CNN_OPS", "fast")
+    with pytest.raises(UserError, match="CONTEXTUAL_CNN_OPS=fast"):
+        call(*example())
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/c++", "false"])
+def test_without_a_compiler_plain_torch_takes_over_with_one_line(monkeypatch, tmp_path, caplog, compiler):
+    monkeypatch.delenv("CONTEXTUAL_CNN_OPS")
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    sampled_conv_cpp.is_available.cache_clear()
+    try:
+        assert [sampled_conv.implementation("cpu") for _ in range(2)] == ["torch", "torch"]
+        assert [record.message.split(" (")[0] for record in caplog.records] == ["the C++ kernels could not be built"]
+        assert not list(tmp_path.rglob("*.so"))
+    finally:
+        sampled_conv_cpp.is_available.cache_clear()
 
 
 def test_bfloat16_in_and_out_with_float32_sums():

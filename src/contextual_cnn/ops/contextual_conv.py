@@ -2,18 +2,16 @@
 
     y(p) = sum_k (w(k) + dw(k)) x(p + g(k) + dp(k)) + b         bilinear, zero outside the map
 
-This file says what the operation is and chooses who computes it; an implementation only ever sees the
-combined weight of each sample. A fused kernel joins by one more line in `_implementation`.
+This file says what the operation is; the sampled part of it, with the combined weight of each sample, is an operator
+of its own with several implementations (sampled_conv.py).
 
 Shapes: B samples, C channels, H W input map, P = Ho Wo output map, K = kh kw taps.
 """
 
-from collections.abc import Callable
-
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from contextual_cnn.ops.embedding_bag import sampled_conv2d
+from contextual_cnn.ops.sampled_conv import sampled_conv2d
 
 
 def contextual_conv2d(
@@ -56,13 +54,8 @@ def contextual_conv2d(
     if sampling_offset is None and mask is None:
         y = _per_sample_conv2d(x, combined, stride, padding, dilation)
     else:
-        y = _implementation(x)(x, combined, sampling_offset, mask, stride, padding, dilation)
+        y = sampled_conv2d(x, combined, sampling_offset, mask, stride, padding, dilation)
     return y if bias is None else y + bias.to(y.dtype).view(1, -1, 1, 1)
-
-
-def _implementation(x: Tensor) -> Callable[..., Tensor]:
-    """Who computes the sampled convolution for this tensor's device."""
-    return sampled_conv2d
 
 
 def _per_sample_conv2d(x: Tensor, combined: Tensor, stride: int, padding: int, dilation: int) -> Tensor:

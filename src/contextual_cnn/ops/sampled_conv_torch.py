@@ -18,7 +18,7 @@ from torch.nn.functional import embedding_bag
 _CHUNK_ELEMENTS = 64 * 2**20  # sampled taps held at once in inference: 256 MiB in float32
 
 
-def sampled_conv2d(
+def forward(
     x: Tensor,
     weight: Tensor,
     offset: Tensor | None,
@@ -27,14 +27,7 @@ def sampled_conv2d(
     padding: int,
     dilation: int,
 ) -> Tensor:
-    """y(p) = sum_k weight(k) mask(k, p) x(p + g(k) + offset(k, p)).
-
-    Args:
-        x: (B, C, H, W); weight: (B, C, kh, kw); offset: (B, 2K, Ho, Wo); mask: (B, K, Ho, Wo).
-
-    Returns:
-        (B, C, Ho, Wo), channels_last, in x's dtype; sums are taken in float32 at least.
-    """
+    """As `sampled_conv.sampled_conv2d`."""
     batch, channels = x.shape[:2]
     kh, kw = weight.shape[2:]
     like = offset if offset is not None else mask

@@ -1,0 +1,136 @@
+"""The sampled convolution on the CPU in C++ (csrc/sampled_conv.cpp), compiled at first use and kept.
+
+Without a C++ compiler there is one line of notice and the plain torch form takes over, several times slower.
+"""
+
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).parent / "csrc" / "sampled_conv.cpp"
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++20", "-fPIC", "-shared")
+
+
+@cache
+def is_available() -> bool:
+    """Whether the kernels are there; compiles them (about ten seconds, once) if they are not."""
+    try:
+        torch.ops.load_library(_build())
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        log.warning(
+            "the C++ kernels could not be built (%s); plain torch is used, about ten times slower on a CPU",
+            reason.strip().splitlines()[0],
+        )
+        return False
+    return True
+
+
+def _build() -> Path:
+    """The compiled library, from the cache or made now.
+
+    torch.utils.cpp_extension.load would do, but for its lock: a process killed while it builds leaves it behind, and
+    every later run waits for it for ever. Here whoever finds no library makes one and puts it in place whole.
+    """
+    torch_folder = Path(torch.__file__).parent
+    # For this very processor: nodes that share a home folder may have different ones
+    key = hashlib.sha256(f"{_SOURCE.read_text()}{_FLAGS}{_processor()}{torch.__version__}".encode()).hexdigest()[:16]
+    cache_folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "contextual_cnn"
+    library = cache_folder / f"sampled_conv_{key}.so"
+    if library.exists():
+        return library
+    cache_folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_folder) as folder:
+        made = Path(folder) / library.name
+        command = [
+            *shlex.split(os.environ.get("CXX", "c++")),
+            *_FLAGS,
+            *(f"-isystem{torch_folder / 'include' / part}" for part in ("", "torch/csrc/api/include")),
+            str(_SOURCE),
+            f"-L{torch_folder / 'lib'}",
+            *("-ltorch_cpu", "-ltorch", "-lc10"),
+            *("-o", str(made)),
+        ]
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+        made.replace(library)
+    return library
+
+
+def _processor() -> str:
+    """Name and abilities of the processor, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return platform.machine() + next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+) -> Tensor:
+    """As `sampled_conv.sampled_conv2d`."""
+    like = offset if offset is not None else mask
+    y = torch.ops.contextual_cnn_cpu.sampled_conv2d(
+        *_channels_inside(x, weight, offset, mask), *like.shape[2:], weight.shape[2:], stride, padding, dilation
+    )
+    return y.permute(0, 3, 1, 2).to(x.dtype)
+
+
+def backward(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `sampled_conv.kernel_backward`."""
+    inside = _channels_inside(x, weight, offset, mask)
+    gx, gw, goffset, gmask = torch.ops.contextual_cnn_cpu.sampled_conv2d_backward(
+        _pixels(gradient, inside[0].dtype), *inside, weight.shape[2:], stride, padding, dilation
+    )
+    return (
+        gx.permute(0, 3, 1, 2).to(x.dtype),
+        gw.transpose(1, 2).reshape(weight.shape).to(weight.dtype),
+        _as_map(goffset, offset) if offset is not None else goffset,
+        _as_map(gmask, mask) if mask is not None else gmask,
+    )
+
+
+def _channels_inside(x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | None) -> tuple:
+    """The kernels' layout and type: x (B, H, W, C), weight (B, K, C), offset (B, P, K, 2), mask (B, P, K).
+
+    Of channels_last float32 tensors only the weight is copied.
+    """
+    exact = torch.promote_types(x.dtype, torch.float32)
+    taps = weight.to(exact).flatten(2).transpose(1, 2).contiguous()
+    return _pixels(x, exact), taps, *(_pixels(t, exact) if t is not None else None for t in (offset, mask))
+
+
+def _pixels(image: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, C, H, W) -> contiguous (B, H, W, C)."""
+    return image.to(dtype).permute(0, 2, 3, 1).contiguous()
+
+
+def _as_map(gradient: Tensor, like: Tensor) -> Tensor:
+    """(B, P, ...) -> the (B, maps, Ho, Wo) and type of `like`."""
+    return gradient.view(len(like), *like.shape[2:], like.shape[1]).permute(0, 3, 1, 2).to(like.dtype)
