@@ -78,6 +78,7 @@ def train(
 ) -> None:
     console = start_logging(world.is_main)
     torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
     seed_all(Purpose.INITIAL_WEIGHTS, config["seed"])
     model = build_model(**config["model"]).to(world.device)
     if settings.channels_last:

@@ -6,7 +6,6 @@ Evaluation gives the crop that timm's transform gives (resize in integers, centr
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import count
 
 import numpy as np
 import torch
@@ -29,42 +28,34 @@ except ImportError as error:
     ) from error
 
 
-class TrainBatches:
-    """One rank's endless batches from `sampler`; images (B, 3, size, size) float32 channels_last, targets (B,)."""
+def train_batches(
+    folder: ImageFolder,
+    sampler: TrainSampler,
+    augmentation: Augmentation,
+    *,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    threads: int,
+    prefetch: int,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """One rank's endless batches; images (B, 3, size, size) float32 channels_last, targets (B,)."""
 
-    def __init__(
-        self,
-        folder: ImageFolder,
-        sampler: TrainSampler,
-        augmentation: Augmentation,
-        *,
-        image_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        threads: int,
-        prefetch: int,
-        device: torch.device,
-    ) -> None:
-        def source(info) -> tuple:
-            batch = sampler[info.iteration]
-            draws = draw(augmentation, sampler.seed, batch)
-            return (*_files(folder, batch.indices), draws.height, draws.width, draws.place, draws.flip)
+    def source(info) -> tuple:
+        batch = sampler[info.iteration]
+        draws = draw(augmentation, sampler.seed, batch)
+        return (*_files(folder, batch.indices), draws.height, draws.width, draws.place, draws.flip)
 
-        pipeline = _train_pipeline(
-            source,
-            augmentation=augmentation,
-            image_size=image_size,
-            normalise=_normalise_arguments(mean, std),
-            on=device.type,
-            **_executor(sampler.plan.micro_batch, threads, prefetch, device),
-        )
-        self._batches = _iterate(pipeline, device)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        return next(self._batches)
+    pipeline = _train_pipeline(
+        source,
+        augmentation=augmentation,
+        image_size=image_size,
+        normalise=_normalise_arguments(mean, std),
+        on=device.type,
+        **_executor(sampler.plan.micro_batch, threads, prefetch, device),
+    )
+    return _iterate(pipeline, device)
 
 
 class EvaluationBatches:
@@ -89,13 +80,13 @@ class EvaluationBatches:
         device: torch.device,
     ) -> None:
         self.images = len(folder)
-        passes = list(evaluation_batches(len(folder), batch_size, rank, world_size))
-        self._batches_per_pass = len(passes)
-        if not passes:  # more ranks than images
+        shares = list(evaluation_batches(len(folder), batch_size, rank, world_size))
+        self._batches_per_pass = len(shares)
+        if not shares:  # more ranks than images
             return
 
         def source(info) -> tuple:
-            return _files(folder, passes[info.iteration % len(passes)])
+            return _files(folder, shares[info.iteration % len(shares)])
 
         pipeline = _evaluation_pipeline(
             source,
@@ -253,8 +244,7 @@ def _iterate(pipeline, device: torch.device) -> Iterator[Batch]:
     iterator = DALIGenericIterator(
         [pipeline], ["images", "targets"], size=-1, auto_reset=False, prepare_first_batch=False
     )
-    for _ in count():
-        (output,) = next(iterator)
+    for (output,) in iterator:
         images: Tensor = output["images"].permute(0, 3, 1, 2)
         targets: Tensor = output["targets"].view(-1).to(device, torch.int64, non_blocking=True)
         yield Batch(images, targets)

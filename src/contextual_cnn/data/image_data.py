@@ -1,10 +1,11 @@
 """The data of a run, as the config names it: a folder, how its images are made, and the two kinds of batches."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from contextual_cnn.contracts import Batch
 from contextual_cnn.data.augmentation import Augmentation
 from contextual_cnn.data.image_folder import open_image_folder
 from contextual_cnn.data.sampler import BatchPlan, TrainSampler
@@ -12,7 +13,7 @@ from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError
 
 if TYPE_CHECKING:
-    from contextual_cnn.data.dali import EvaluationBatches, TrainBatches
+    from contextual_cnn.data.dali import EvaluationBatches
 
 
 class ImageData:
@@ -67,12 +68,12 @@ class ImageData:
 
     def train_batches(
         self, plan: BatchPlan, augmentation: Augmentation, seed: int, world: World, first_step: int
-    ) -> "TrainBatches":
+    ) -> Iterator[Batch]:
         """This rank's endless micro-batches from a step on."""
-        from contextual_cnn.data.dali import TrainBatches  # after the checks: importing DALI takes seconds
+        from contextual_cnn.data.dali import train_batches  # after the checks: importing DALI takes seconds
 
         sampler = TrainSampler(plan, seed, world.rank, first_step)
-        return TrainBatches(self.folders["train"], sampler, augmentation, **self._image, **self._running_on(world))
+        return train_batches(self.folders["train"], sampler, augmentation, **self._image, **self._running_on(world))
 
     def evaluation_batches(self, world: World) -> "EvaluationBatches":
         """This rank's share of the val split, as often as it is iterated."""

@@ -72,7 +72,8 @@ class WandbLogger:
         import wandb
 
         self._run = None
-        mode = ("online" if _has_wandb_key() else "offline") if mode == "auto" else mode
+        if mode == "auto":
+            mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
         for attempt in dict.fromkeys((mode, "offline")):
             try:
                 self._run = wandb.init(
@@ -140,8 +141,8 @@ def open_loggers(
     """Rank 0's loggers.
 
     Args:
-        wandb: "auto" is online where there is an API key (WANDB_API_KEY or `wandb login`), offline elsewhere;
-            `wandb sync FOLDER/wandb/offline-run-*` sends an offline run later.
+        wandb: "auto" is what WANDB_MODE says; without it online where there is an API key (WANDB_API_KEY or
+            `wandb login`) and offline elsewhere; `wandb sync FOLDER/wandb/offline-run-*` sends an offline run later.
     """
     lines = JsonLinesLogger(folder / "metrics.jsonl", resumed_step)
     if wandb == "off":

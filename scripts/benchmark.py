@@ -1,0 +1,209 @@
+"""Times the contextual convolution, a training step and the loss, each beside what it is compared with, in one run.
+
+python scripts/benchmark.py op|model|loss [--model tiny] [--batch-size 8] [--rounds 5] [--device cpu] [--output FILE]
+
+Prints JSON. The candidates take turns, round by round, so that a machine that slows down slows all of them; each
+figure is the median over the rounds, and the ratios are medians of the ratios within a round.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torchvision.ops import deform_conv2d
+
+from contextual_cnn.contracts import StagedScores
+from contextual_cnn.engine.run_folder import environment
+from contextual_cnn.losses import StagedCrossEntropy
+from contextual_cnn.models import build_model
+from contextual_cnn.ops import contextual_conv2d
+from contextual_cnn.optim import build_optimizer
+
+STAGES = {"stage 2": (192, 28), "stage 3": (384, 14), "stage 4": (768, 7)}  # of the tiny model: channels, side
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["op", "model", "loss"])
+    parser.add_argument("--model", default="tiny", choices=["atto", "tiny", "small", "base"])
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument(
+        "--released", action="store_true", help="time the released code's formulation as well (minutes)"
+    )
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    results = {"op": benchmark_op, "model": benchmark_model, "loss": benchmark_loss}[arguments.what](arguments)
+    report = {
+        "settings": {k: str(v) for k, v in vars(arguments).items()},
+        "environment": environment(),
+        "results": results,
+    }
+    text = json.dumps(report, indent=2)
+    print(text)
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(text + "\n")
+
+
+def benchmark_op(arguments: argparse.Namespace) -> dict:
+    """Forward and backward of one layer at the sizes of each contextual stage, offsets of one pixel."""
+    return {stage: _time_layer(channels, side, arguments) for stage, (channels, side) in STAGES.items()}
+
+
+def _time_layer(channels: int, side: int, arguments: argparse.Namespace) -> dict:
+    def leaf(*shape: int) -> torch.Tensor:
+        tensor = torch.randn(shape, device=arguments.device)
+        last = tensor.ndim == 4 and shape[1] > 1
+        return (tensor.contiguous(memory_format=torch.channels_last) if last else tensor).requires_grad_()
+
+    batch = arguments.batch_size
+    x, weight, bias = leaf(batch, channels, side, side), leaf(channels, 1, 7, 7), leaf(channels)
+    offsets = {"weight_offset": leaf(batch, channels, 7, 7), "sampling_offset": leaf(batch, 98, side, side)}
+    upstream = torch.randn_like(x)
+    plain = torch.nn.functional.conv2d
+
+    def backward(y: torch.Tensor) -> None:
+        y.backward(upstream)
+
+    candidates = {
+        "contextual": lambda: backward(contextual_conv2d(x, weight, bias, **offsets, padding=3)),
+        "plain depthwise": lambda: backward(plain(x, weight, bias, padding=3, groups=channels)),
+    }
+    if arguments.device == "cpu":
+        candidates["contextual, plain torch"] = _in_plain_torch(candidates["contextual"])
+    if arguments.released:
+        candidates["torchvision, as released"] = lambda: backward(
+            torchvision_conv(x, weight.squeeze(1) + offsets["weight_offset"], offsets["sampling_offset"], None, 1, 3, 1)
+        )
+    return compare(candidates, "contextual", arguments)
+
+
+def torchvision_conv(x, weight, offset, mask, stride, padding, dilation) -> torch.Tensor:
+    """The released code's formulation of `sampled_conv2d`: every (sample, channel) is a group of its own."""
+    batch, channels = x.shape[:2]
+    y = deform_conv2d(
+        x.reshape(1, batch * channels, *x.shape[2:]),
+        offset.reshape(1, -1, *offset.shape[2:]),
+        weight.flatten(0, 1).unsqueeze(1),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        mask=mask.reshape(1, -1, *mask.shape[2:]) if mask is not None else None,
+    )
+    return y.view(batch, channels, *y.shape[2:])
+
+
+def benchmark_model(arguments: argparse.Namespace) -> dict:
+    """A training step (forward, staged loss, backward, AdamW) and inference, beside the plain twin's."""
+    contextual, plain = f"contextual_convnext_{arguments.model}", f"convnext_{arguments.model}"
+    steps, inferences = {}, {}
+    for name in (contextual, plain):
+        steps[name], inferences[name] = _training_and_inference(name, arguments)
+    if arguments.released:
+        steps["as released"], inferences["as released"] = (
+            _with_torchvision(f[contextual]) for f in (steps, inferences)
+        )
+    return {
+        "training step": compare(steps, contextual, arguments),
+        "inference": compare(inferences, contextual, arguments),
+        "peak_memory_mib": _peak_memory(arguments.device),
+    }
+
+
+def _training_and_inference(name: str, arguments: argparse.Namespace) -> tuple[Callable, Callable]:
+    model = build_model(name=name, num_classes=1000).to(arguments.device, memory_format=torch.channels_last)
+    optimizer, loss = build_optimizer(model), StagedCrossEntropy()
+    run = torch.compile(model) if arguments.compile else model
+    images = torch.randn(arguments.batch_size, 3, arguments.image_size, arguments.image_size, device=arguments.device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(1000, (arguments.batch_size,), device=arguments.device)
+    autocast = torch.autocast(torch.device(arguments.device).type, torch.bfloat16, enabled=arguments.device != "cpu")
+
+    def step() -> None:
+        model.train()
+        with autocast:
+            scores = StagedScores.of(run(images))
+        loss(scores, labels).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def infer() -> None:
+        model.eval()
+        with autocast, torch.inference_mode():
+            run(images)
+
+    return step, infer
+
+
+def benchmark_loss(arguments: argparse.Namespace) -> dict:
+    """The staged loss of four stages of 1000 classes, forward and backward, hard and soft targets."""
+    logits = tuple(torch.randn(arguments.batch_size, 1000, device=arguments.device).requires_grad_() for _ in range(4))
+    hard = torch.randint(1000, (arguments.batch_size,), device=arguments.device)
+    soft = torch.softmax(torch.randn(arguments.batch_size, 1000, device=arguments.device), dim=1)
+    loss = StagedCrossEntropy()
+    candidates = {
+        "soft targets": lambda: loss(StagedScores(logits), soft).total.backward(),
+        "hard targets": lambda: loss(StagedScores(logits), hard).total.backward(),
+    }
+    return compare(candidates, "soft targets", arguments)
+
+
+def compare(candidates: dict[str, Callable[[], None]], ours: str, arguments: argparse.Namespace) -> dict:
+    """Median milliseconds of each candidate, and the others' time over ours."""
+    rounds = [
+        {name: _milliseconds(candidate, arguments.device) for name, candidate in candidates.items()}
+        for _ in range(arguments.rounds + 1)
+    ][1:]  # the first one warms up
+    return {
+        "milliseconds": {name: round(statistics.median(r[name] for r in rounds), 3) for name in candidates},
+        f"time over that of {ours}": {
+            name: round(statistics.median(r[name] / r[ours] for r in rounds), 3) for name in candidates if name != ours
+        },
+    }
+
+
+def _milliseconds(candidate: Callable[[], None], device: str) -> float:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    candidate()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - started)
+
+
+def _in_plain_torch(candidate: Callable[[], None]) -> Callable[[], None]:
+    def run() -> None:
+        with mock.patch.dict("os.environ", CONTEXTUAL_CNN_OPS="torch"):
+            candidate()
+
+    return run
+
+
+def _with_torchvision(candidate: Callable[[], None]) -> Callable[[], None]:
+    def run() -> None:
+        with mock.patch("contextual_cnn.ops.contextual_conv.sampled_conv2d", torchvision_conv):
+            candidate()
+
+    return run
+
+
+def _peak_memory(device: str) -> int:
+    """Of the whole process, all candidates together."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() // 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+if __name__ == "__main__":
+    main()
