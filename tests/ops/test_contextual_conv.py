@@ -15,9 +15,9 @@ from tests import reference
 
 @pytest.fixture(params=["cpp", "torch"], autouse=True)
 def implementation(request, monkeypatch):
-    """Every identity holds for every implementation."""
-    monkeypatch.setenv("CONTEXTUAL_CNN_OPS", request.param)
-    assert request.param != "cpp" or sampled_conv_cpp.is_available()
+    """Every identity holds for both implementations that a CPU has."""
+    monkeypatch.setenv("CONTEXTUAL_CNN_OPS", "torch" if request.param == "torch" else "auto")
+    assert sampled_conv.implementation("cpu", torch.float64) == request.param
     return request.param
 
 
@@ -218,7 +218,7 @@ def test_without_a_compiler_plain_torch_takes_over_with_one_line(monkeypatch, tm
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     sampled_conv_cpp.is_available.cache_clear()
     try:
-        assert [sampled_conv.implementation("cpu") for _ in range(2)] == ["torch", "torch"]
+        assert [sampled_conv.implementation("cpu", torch.float32) for _ in range(2)] == ["torch", "torch"]
         assert [record.message.split(" (")[0] for record in caplog.records] == ["the C++ kernels could not be built"]
         assert not list(tmp_path.rglob("*.so"))
     finally:

@@ -2,8 +2,9 @@
 
     y(p) = sum_k weight(k) mask(k, p) x(p + g(k) + offset(k, p))        per sample and channel, zero outside the map
 
-The compiled kernels (C++ on a CPU) stand behind a torch operator, which is all that autograd, torch.compile and
-torch.export see of them. The plain torch form needs none: torch differentiates and compiles it as it stands.
+The compiled kernels (C++ on a CPU, Triton on a GPU) stand behind a torch operator, which is all that autograd,
+torch.compile and torch.export see of them. The plain torch form needs none: torch differentiates and compiles it as
+it stands.
 
 Precision: x, weight, offset and mask may have any floating type; sums and positions are float32 at least, y has x's
 type. Autocast changes nothing here: callers bring x in the type they want, and the offsets in float32.
@@ -11,7 +12,9 @@ type. Autocast changes nothing here: callers bring x in the type they want, and 
 Shapes: x (B, C, H, W), weight (B, C, kh, kw), offset (B, 2K, Ho, Wo), mask (B, K, Ho, Wo), y (B, C, Ho, Wo).
 """
 
+import logging
 import os
+from functools import cache
 from typing import Literal
 
 import torch
@@ -20,7 +23,9 @@ from torch import Tensor
 from contextual_cnn.errors import UserError
 from contextual_cnn.ops import sampled_conv_cpp, sampled_conv_torch
 
-Implementation = Literal["cpp", "torch"]
+log = logging.getLogger(__name__)
+
+Implementation = Literal["cpp", "triton", "torch"]
 
 
 def sampled_conv2d(
@@ -33,20 +38,33 @@ def sampled_conv2d(
     dilation: int,
 ) -> Tensor:
     """Offset or mask, or both, must be there. Returns y, channels_last."""
-    if implementation(x.device.type) == "torch":
+    if implementation(x.device.type, x.dtype) == "torch":
         return sampled_conv_torch.forward(x, weight, offset, mask, stride, padding, dilation)
     return kernel(x, weight, offset, mask, stride, padding, dilation)
 
 
 @torch.compiler.assume_constant_result
-def implementation(device_type: str) -> Implementation:
-    """Who computes on this kind of device; the environment's CONTEXTUAL_CNN_OPS=cpp or torch insists on one."""
-    wanted = os.environ.get("CONTEXTUAL_CNN_OPS")
-    if wanted not in (None, "cpp", "torch"):
-        raise UserError(f"CONTEXTUAL_CNN_OPS={wanted} is not one of cpp, torch", "unset it, the choice is automatic")
-    if device_type != "cpu" or wanted == "torch":
-        return "torch"
-    return "cpp" if sampled_conv_cpp.is_available() else "torch"
+def implementation(device_type: str, dtype: torch.dtype) -> Implementation:
+    """Who computes this type on this kind of device; CONTEXTUAL_CNN_OPS=torch in the environment means plain torch."""
+    wanted = os.environ.get("CONTEXTUAL_CNN_OPS", "auto")
+    if wanted not in ("auto", "torch"):
+        raise UserError(f"CONTEXTUAL_CNN_OPS={wanted} is not one of auto, torch", "unset it, the choice is automatic")
+    if wanted == "auto" and device_type == "cpu" and sampled_conv_cpp.is_available():
+        return "cpp"
+    # The Triton kernels add up in float32, which is not enough for float64
+    if wanted == "auto" and device_type == "cuda" and dtype != torch.float64 and _triton_is_available():
+        return "triton"
+    return "torch"
+
+
+@cache
+def _triton_is_available() -> bool:
+    try:
+        import contextual_cnn.ops.sampled_conv_triton  # noqa: F401
+    except ImportError as error:
+        log.warning("Triton is not available (%s); plain torch is used, several times slower on a GPU", error)
+        return False
+    return True
 
 
 @torch.library.custom_op("contextual_cnn::sampled_conv2d", mutates_args=(), device_types="cpu")
@@ -59,7 +77,7 @@ def kernel(
     padding: int,
     dilation: int,
 ) -> Tensor:
-    """The operator. Another device's kernel joins by `kernel.register_kernel`."""
+    """The operator, on a CPU."""
     return sampled_conv_cpp.forward(x, weight, offset, mask, stride, padding, dilation)
 
 
@@ -76,6 +94,20 @@ def kernel_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, offset and mask; an empty one for an offset or a mask that is not there."""
     return sampled_conv_cpp.backward(gradient, x, weight, offset, mask, stride, padding, dilation)
+
+
+@kernel.register_kernel("cuda")
+def _(*arguments):
+    from contextual_cnn.ops import sampled_conv_triton  # only where there is a GPU: importing Triton takes a second
+
+    return sampled_conv_triton.forward(*arguments)
+
+
+@kernel_backward.register_kernel("cuda")
+def _(*arguments):
+    from contextual_cnn.ops import sampled_conv_triton
+
+    return sampled_conv_triton.backward(*arguments)
 
 
 @kernel.register_fake

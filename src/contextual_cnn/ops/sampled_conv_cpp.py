@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from contextual_cnn.ops.layout import map_back, pixels, taps, taps_back
+
 log = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).parent / "csrc" / "sampled_conv.cpp"
@@ -88,7 +90,7 @@ def forward(
     """As `sampled_conv.sampled_conv2d`."""
     like = offset if offset is not None else mask
     y = torch.ops.contextual_cnn_cpu.sampled_conv2d(
-        *_channels_inside(x, weight, offset, mask), *like.shape[2:], weight.shape[2:], stride, padding, dilation
+        *_inside(x, weight, offset, mask), *like.shape[2:], weight.shape[2:], stride, padding, dilation
     )
     return y.permute(0, 3, 1, 2).to(x.dtype)
 
@@ -104,33 +106,19 @@ def backward(
     dilation: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `sampled_conv.kernel_backward`."""
-    inside = _channels_inside(x, weight, offset, mask)
+    inside = _inside(x, weight, offset, mask)
     gx, gw, goffset, gmask = torch.ops.contextual_cnn_cpu.sampled_conv2d_backward(
-        _pixels(gradient, inside[0].dtype), *inside, weight.shape[2:], stride, padding, dilation
+        pixels(gradient, inside[0].dtype), *inside, weight.shape[2:], stride, padding, dilation
     )
     return (
-        gx.permute(0, 3, 1, 2).to(x.dtype),
-        gw.transpose(1, 2).reshape(weight.shape).to(weight.dtype),
-        _as_map(goffset, offset) if offset is not None else goffset,
-        _as_map(gmask, mask) if mask is not None else gmask,
+        map_back(gx, x),
+        taps_back(gw, weight),
+        map_back(goffset, offset) if offset is not None else goffset,
+        map_back(gmask, mask) if mask is not None else gmask,
     )
 
 
-def _channels_inside(x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | None) -> tuple:
-    """The kernels' layout and type: x (B, H, W, C), weight (B, K, C), offset (B, P, K, 2), mask (B, P, K).
-
-    Of channels_last float32 tensors only the weight is copied.
-    """
+def _inside(x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | None) -> tuple:
+    """The kernels' layout and type: x (B, H, W, C), weight (B, K, C), offset (B, P, K, 2), mask (B, P, K)."""
     exact = torch.promote_types(x.dtype, torch.float32)
-    taps = weight.to(exact).flatten(2).transpose(1, 2).contiguous()
-    return _pixels(x, exact), taps, *(_pixels(t, exact) if t is not None else None for t in (offset, mask))
-
-
-def _pixels(image: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, C, H, W) -> contiguous (B, H, W, C)."""
-    return image.to(dtype).permute(0, 2, 3, 1).contiguous()
-
-
-def _as_map(gradient: Tensor, like: Tensor) -> Tensor:
-    """(B, P, ...) -> the (B, maps, Ho, Wo) and type of `like`."""
-    return gradient.view(len(like), *like.shape[2:], like.shape[1]).permute(0, 3, 1, 2).to(like.dtype)
+    return pixels(x, exact), taps(weight, exact), *(pixels(t, exact) if t is not None else None for t in (offset, mask))

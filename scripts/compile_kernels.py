@@ -1,0 +1,99 @@
+"""Compiles the Triton kernels for a GPU that need not be there, and prints what each takes of it.
+
+python scripts/compile_kernels.py [--capability 90] [--output FILE]
+
+JSON: registers a thread, bytes spilled, bytes of shared memory, by kernel, type and stage of the tiny model.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from contextual_cnn.ops import sampled_conv_triton as kernels
+
+TYPES = {"bfloat16": "*bf16", "float32": "*fp32"}
+POINTERS = {"gy", "x", "y", "gx"}  # in the model's type; all others are float32
+BLOCKS = {
+    "_forward_kernel": {"BLOCK_P": kernels._POSITIONS, "BLOCK_C": kernels._CHANNELS},
+    "_weight_offset_kernel": {"BLOCK_P": kernels._POSITIONS, "BLOCK_C": kernels._CHANNELS},
+    "_input_kernel": {
+        "BLOCK_Q": kernels._PIXELS,
+        "BLOCK_P": kernels._HAT_POSITIONS,
+        "BLOCK_C": kernels._CHANNELS,
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--capability", type=int, default=90)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    report = {
+        "triton": version("triton"),
+        "target": f"sm_{arguments.capability}",
+        "kernels": [
+            {"kernel": name.strip("_"), "type": type_name, **compile_kernel(name, type_name, arguments.capability)}
+            for name in BLOCKS
+            for type_name in TYPES
+        ],
+    }
+    text = json.dumps(report, indent=2)
+    print(text)
+    if arguments.output is not None:
+        arguments.output.write_text(text + "\n")
+
+
+def compile_kernel(name: str, type_name: str, capability: int) -> dict:
+    """One kernel as the model calls it: 7x7 taps, offsets, no mask."""
+    function = getattr(kernels, name)
+    constants = {"K": 49, "KW": 7, **BLOCKS[name]}
+    absent = [argument for argument in ("mask", "gmask") if argument in function.arg_names]
+    signature = {}
+    for argument in function.arg_names:
+        if argument in constants or argument in absent:
+            signature[argument] = "constexpr"
+        elif argument in POINTERS:
+            signature[argument] = TYPES[type_name]
+        elif argument in ("w", "offset", "gw", "goffset", "rows"):
+            signature[argument] = "*fp32"
+        else:
+            signature[argument] = "i32"
+    constants |= dict.fromkeys(absent)
+    # Every pointer, and the number of channels, is a multiple of 16 in the model
+    positions = {argument: i for i, argument in enumerate(function.arg_names)}
+    aligned = [name for name, kind in signature.items() if kind.startswith("*")] + ["C"]
+    source = ASTSource(
+        fn=function,
+        signature=signature,
+        constexprs={(positions[argument],): value for argument, value in constants.items()},
+        attrs={(positions[argument],): [["tt.divisibility", 16]] for argument in aligned},
+    )
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": 4})
+    return {**assembler_report(compiled.asm["ptx"], capability), "shared": compiled.metadata.shared}
+
+
+def assembler_report(ptx: str, capability: int) -> dict:
+    """Registers and spills, by NVIDIA's assembler that comes with Triton."""
+    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    suffix = "a" if capability >= 90 else ""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [assembler, "-v", f"--gpu-name=sm_{capability}{suffix}", source, "-o", Path(folder, "kernel.cubin")]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    stores, loads = (int(re.search(rf"(\d+) bytes spill {what}", said)[1]) for what in ("stores", "loads"))
+    return {"registers": int(re.search(r"Used (\d+) registers", said)[1]), "spilled": stores + loads}
+
+
+if __name__ == "__main__":
+    main()

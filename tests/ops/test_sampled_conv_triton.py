@@ -1,0 +1,96 @@
+"""The Triton kernels: run in the interpreter on odd shapes (on a GPU where there is one), compiled for sm_90."""
+
+import json
+
+import pytest
+import torch
+
+from contextual_cnn.ops import sampled_conv_triton
+from tests import reference
+from tests.conftest import run_command
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# batch, channels, height, width, kernel, stride, padding, dilation, offsets' spread in pixels, mask
+CASES = {
+    "small": (2, 5, 4, 5, 3, 1, 1, 1, 1.0, True),
+    "more channels than a block": (1, 70, 3, 4, 3, 1, 1, 1, 3.0, False),
+    "stride and dilation": (2, 3, 7, 6, 3, 2, 2, 2, 1.0, True),
+    "fresh layer, whole pixels": (1, 3, 5, 6, 3, 1, 1, 1, 0.0, False),
+    "mask alone": (1, 4, 4, 3, 3, 1, 1, 1, None, True),
+    "far outside": (1, 3, 4, 4, 3, 1, 1, 1, 40.0, True),
+    "map smaller than the kernel": (2, 3, 1, 2, 5, 1, 2, 1, 1.0, False),
+    "more pixels than a block": (1, 3, 9, 10, 3, 1, 1, 1, 2.0, False),
+}
+
+
+def inputs(batch, channels, height, width, kernel, stride, padding, dilation, spread, with_mask):
+    g = torch.Generator().manual_seed(0)
+    out = [(size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for size in (height, width)]
+    x = torch.randn(batch, channels, height, width, generator=g)
+    weight = torch.randn(batch, channels, kernel, kernel, generator=g)
+    offset = spread * torch.randn(batch, 2 * kernel**2, *out, generator=g) if spread is not None else None
+    mask = torch.rand(batch, kernel**2, *out, generator=g) if with_mask else None
+    upstream = torch.randn(batch, channels, *out, generator=g)
+    return (x, weight, offset, mask), upstream, (stride, padding, dilation)
+
+
+def expected(tensors, upstream, geometry):
+    """y and the gradients of what is there, by the slow loop in float64."""
+    x, weight, offset, mask = (t.double().requires_grad_() if t is not None else None for t in tensors)
+    batch, channels, kernel, _ = weight.shape
+    out = upstream.shape[2:]
+    zero_dw, zero_dp, ones = reference.without_offsets(x, channels, kernel, out)
+    y = torch.cat(
+        [
+            reference.contextual_conv2d(
+                x[b : b + 1],
+                weight[b].unsqueeze(1),
+                torch.zeros(channels, dtype=torch.float64),
+                zero_dw[b : b + 1],
+                (offset if offset is not None else zero_dp)[b : b + 1],
+                (mask if mask is not None else ones)[b : b + 1],
+                *geometry,
+            )
+            for b in range(batch)
+        ]
+    )
+    leaves = [leaf for leaf in (x, weight, offset, mask) if leaf is not None]
+    return y.detach(), torch.autograd.grad(y, leaves, upstream.double())
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_forward_and_every_gradient(case):
+    tensors, upstream, geometry = inputs(*case)
+    y, gradients = expected(tensors, upstream, geometry)
+    on_device = [t.to(DEVICE) if t is not None else None for t in tensors]
+    assert relative_error(sampled_conv_triton.forward(*on_device, *geometry), y) < 1e-6
+    found = sampled_conv_triton.backward(upstream.to(DEVICE), *on_device, *geometry)
+    found = [g for g, t in zip(found, tensors, strict=True) if t is not None]
+    for ours, theirs in zip(found, gradients, strict=True):
+        assert ours.shape == theirs.shape
+        assert relative_error(ours, theirs) < 1e-6
+
+
+def relative_error(ours, theirs):
+    return ((ours.cpu().double() - theirs).norm() / theirs.norm().clamp(min=1e-9)).item()
+
+
+def test_the_same_bits_every_time():
+    tensors, upstream, geometry = inputs(*CASES["small"])
+    on_device = [t.to(DEVICE) for t in tensors]
+    runs = [sampled_conv_triton.backward(upstream.to(DEVICE), *on_device, *geometry) for _ in range(2)]
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.slow
+def test_compiles_for_sm_90_without_spilling_registers():
+    done = run_command("scripts/compile_kernels.py", TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+    kernels = json.loads(done.stdout)["kernels"]
+    assert {kernel["kernel"] for kernel in kernels} == {"forward_kernel", "weight_offset_kernel", "input_kernel"}
+    for kernel in kernels:
+        assert kernel["spilled"] == 0, kernel
+        assert kernel["registers"] <= 200, kernel
+        assert kernel["shared"] <= 100_000, kernel
