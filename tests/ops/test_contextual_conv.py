@@ -131,6 +131,33 @@ def test_whole_pixel_offset_is_a_shifted_convolution(shift):
     torch.testing.assert_close(contextual_conv2d(x, weight, sampling_offset=offset, padding=1), expected)
 
 
+@pytest.mark.parametrize("geometry", [dict(), dict(stride=2), dict(dilation=2, padding=2)])
+@pytest.mark.parametrize(
+    "absent", [(), ("mask",), ("sampling_offset",), ("mask", "sampling_offset"), ("weight_offset",)]
+)
+def test_dense_equals_a_depthwise_convolution_per_output_channel(geometry, absent):
+    """sum over c of depthwise convolutions with the weights of one output channel at a time."""
+    tensors, geometry = example(**geometry)
+    offsets = {name: tensors[name] for name in ("weight_offset", "sampling_offset", "mask") if name not in absent}
+    dense = torch.randn(4, 3, 3, 3, dtype=torch.float64)
+    bias = torch.randn(4, dtype=torch.float64)
+    y = contextual_conv2d(tensors["x"], dense, bias, **offsets, **geometry)
+    each = [contextual_conv2d(tensors["x"], w.unsqueeze(1), **offsets, **geometry).sum(dim=1) for w in dense]
+    torch.testing.assert_close(y, torch.stack(each, dim=1) + bias.view(1, -1, 1, 1))
+
+
+def test_gradients_of_the_dense_form_by_finite_differences():
+    tensors, geometry = example(batch=1, channels=2, height=3, width=3)
+    inputs = [tensors[name] for name in ("x", "weight_offset", "sampling_offset", "mask")]
+    inputs.append(torch.randn(2, 2, 3, 3, dtype=torch.float64))
+
+    def dense(x, weight_offset, sampling_offset, mask, weight):
+        offsets = dict(weight_offset=weight_offset, sampling_offset=sampling_offset, mask=mask)
+        return contextual_conv2d(x, weight, **offsets, **geometry)
+
+    assert torch.autograd.gradcheck(dense, [tensor.requires_grad_() for tensor in inputs])
+
+
 def test_gradients_by_finite_differences():
     tensors, geometry = example(batch=2, channels=2, height=3, width=4)
     for tensor in tensors.values():

@@ -1,15 +1,17 @@
-"""Contextual convolution (section 3.3, equation 4), depthwise, as one pure function.
+"""Contextual convolution (section 3.3, equation 4) as one pure function, depthwise or dense.
 
     y(p) = sum_k (w(k) + dw(k)) x(p + g(k) + dp(k)) + b         bilinear, zero outside the map
 
 This file says what the operation is; the sampled part of it, with the combined weight of each sample, is an operator
 of its own with several implementations (sampled_conv.py).
 
-Shapes: B samples, C channels, H W input map, P = Ho Wo output map, K = kh kw taps.
+Shapes: B samples, C channels, H W input map, P = Ho Wo output map, K = kh kw taps, O output channels.
 """
 
+import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
+from torchvision.ops import deform_conv2d
 
 from contextual_cnn.ops.sampled_conv import sampled_conv2d
 
@@ -26,36 +28,66 @@ def contextual_conv2d(
     padding: int = 0,
     dilation: int = 1,
 ) -> Tensor:
-    """Depthwise convolution whose weights and sampling positions may differ from sample to sample.
+    """Convolution whose weights and sampling positions may differ from sample to sample.
 
-    Without offsets and mask it is `F.conv2d(x, weight, bias, groups=C)`.
+    Depthwise, with a (C, 1, kh, kw) weight, or dense, with an (O, C, kh, kw) weight whose offsets dw all output
+    channels share. Without offsets and mask it is `F.conv2d`.
 
     Args:
         x: (B, C, H, W).
-        weight: (C, 1, kh, kw), the static kernel w.
-        bias: (C,).
+        weight: (C, 1, kh, kw) or (O, C, kh, kw), the static kernel w. One channel counts as depthwise.
+        bias: (C,) or (O,).
         weight_offset: (B, C, kh, kw), dw, added to the static kernel.
         sampling_offset: (B, 2K, Ho, Wo), dp in pixels; channels 2k and 2k+1 are y and x of tap k. The gradient
             at whole pixels, where bilinear interpolation has a kink, is the right-hand one (as torchvision's).
         mask: (B, K, Ho, Wo), a factor per tap and position (released code; not in the paper).
 
     Returns:
-        (B, C, Ho, Wo) in x's dtype.
+        (B, C, Ho, Wo) or (B, O, Ho, Wo) in x's dtype.
 
     Raises:
         ValueError: shapes that do not belong together.
     """
     _check_shapes(x, weight, weight_offset, sampling_offset, mask, stride, padding, dilation)
-    if sampling_offset is None and mask is None and weight_offset is None:
-        return conv2d(x, weight, bias, stride, padding, dilation, groups=x.shape[1])
+    geometry = (stride, padding, dilation)
+    compute = _depthwise if weight.shape[1] == 1 else _dense
+    y = compute(x, weight, weight_offset, sampling_offset, mask, geometry)
+    return y if bias is None else y + bias.to(y.dtype).view(1, -1, 1, 1)
+
+
+def _depthwise(x, weight, weight_offset, sampling_offset, mask, geometry) -> Tensor:
+    regular = sampling_offset is None and mask is None
+    if regular and weight_offset is None:
+        return conv2d(x, weight.to(x.dtype), None, *geometry, groups=x.shape[1])
     # (C, 1, kh, kw) + (B, C, kh, kw) -> (B, C, kh, kw); one map for both keeps the gradient of each for free
     combined = weight.squeeze(1).unsqueeze(0)
     combined = combined + weight_offset if weight_offset is not None else combined.expand(len(x), -1, -1, -1)
+    if regular:
+        return _per_sample_conv2d(x, combined, *geometry)
+    return sampled_conv2d(x, combined, sampling_offset, mask, *geometry)
+
+
+def _dense(x, weight, weight_offset, sampling_offset, mask, geometry) -> Tensor:
+    """The static part is one batched convolution; dw is the same for every output channel, so its part is one map.
+
+    sum_{c,k} (w(o,c,k) + dw(c,k)) x(..) = sum_{c,k} w(o,c,k) x(..) + [sum_{c,k} dw(c,k) x(..), the same for every o]
+    """
+    stride, padding, dilation = geometry
     if sampling_offset is None and mask is None:
-        y = _per_sample_conv2d(x, combined, stride, padding, dilation)
+        y = conv2d(x, weight.to(x.dtype), None, *geometry)
     else:
-        y = sampled_conv2d(x, combined, sampling_offset, mask, stride, padding, dilation)
-    return y if bias is None else y + bias.to(y.dtype).view(1, -1, 1, 1)
+        # torchvision's operator has no low precision on CPUs; with one group it is a batched matrix product
+        offset = sampling_offset if sampling_offset is not None else torch.zeros_like(mask).repeat(1, 2, 1, 1)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        amount = mask.to(exact) if mask is not None else None
+        with torch.autocast(x.device.type, enabled=False):
+            y = deform_conv2d(
+                x.to(exact), offset.to(exact), weight.to(exact), None, stride, padding, dilation, amount
+            ).to(x.dtype)
+    if weight_offset is None:
+        return y
+    nothing = weight_offset.new_zeros(x.shape[1], 1, *weight.shape[2:])
+    return y + _depthwise(x, nothing, weight_offset, sampling_offset, mask, geometry).sum(dim=1, keepdim=True)
 
 
 def _per_sample_conv2d(x: Tensor, combined: Tensor, stride: int, padding: int, dilation: int) -> Tensor:
@@ -74,8 +106,11 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
 def _check_shapes(x, weight, weight_offset, sampling_offset, mask, stride, padding, dilation) -> None:
     batch, channels, height, width = x.shape
     kh, kw = weight.shape[-2:]
-    if weight.shape[:2] != (channels, 1):
-        raise ValueError(f"weight must be ({channels}, 1, kh, kw) for x {tuple(x.shape)}, got {tuple(weight.shape)}")
+    if weight.shape[:2] != (channels, 1) and weight.shape[1] != channels:
+        raise ValueError(
+            f"weight must be ({channels}, 1, kh, kw) or (O, {channels}, kh, kw) for x {tuple(x.shape)}, "
+            f"got {tuple(weight.shape)}"
+        )
     out = (
         output_size(height, kh, stride, padding, dilation),
         output_size(width, kw, stride, padding, dilation),
