@@ -19,7 +19,7 @@ import torch
 from torchvision.ops import deform_conv2d
 
 from contextual_cnn.contracts import StagedScores
-from contextual_cnn.engine.run_folder import environment
+from contextual_cnn.engine.environment import environment
 from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.models import build_model
 from contextual_cnn.ops import contextual_conv2d

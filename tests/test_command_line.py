@@ -146,6 +146,17 @@ def test_two_processes_train_as_one(straight, image_root, tmp_path):
         assert shared[step] == pytest.approx(alone[step], rel=1e-4)
 
 
+def test_two_processes_that_accumulate_train_as_one(straight, image_root, tmp_path):
+    overrides = ["trainer.micro_batch_size=4", "trainer.max_steps=3"]
+    runs = []
+    for run, folder in ((run_command, tmp_path / "alone"), (lambda *c: torchrun(2, *c), tmp_path / "shared")):
+        done = run(*small_run(image_root, folder, *overrides))
+        assert done.returncode == 0, done.stderr
+        runs.append(losses(folder))
+    assert "4 images x 2 accumulated x 2 processes" in done.stdout
+    assert runs[1] == pytest.approx(runs[0], rel=1e-4)
+
+
 def test_a_rank_that_fails_ends_the_run(image_root, tmp_path):
     done = torchrun(2, *small_run(image_root, tmp_path, "trainer.global_batch_size=15"))
     assert done.returncode != 0

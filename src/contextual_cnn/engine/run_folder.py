@@ -5,30 +5,16 @@ Only rank 0 writes. What a run was can be read there later without this program.
 
 import json
 import logging
-import platform
-import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
 from rich.logging import RichHandler
 
+from contextual_cnn.engine.environment import environment
 from contextual_cnn.errors import UserError
-
-_PACKAGES = (
-    "contextual-cnn",
-    "torch",
-    "torchvision",
-    "timm",
-    "hydra-core",
-    "nvidia-dali-cuda130",
-    "nvidia-dali-cuda120",
-    "wandb",
-)
 
 
 class RunFolder:
@@ -60,21 +46,6 @@ class RunFolder:
         logging.getLogger("contextual_cnn").addHandler(handler)
 
 
-def environment() -> dict[str, Any]:
-    """What the run ran on: command, commit, versions, device."""
-    return {
-        "command": sys.argv,
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "python": platform.python_version(),
-        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
-        "cuda": torch.version.cuda,
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "cpu": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-
-
 def start_logging(is_main: bool) -> Console:
     """The program's log to the console on rank 0; warnings and worse only from the others."""
     console = Console(soft_wrap=True)
@@ -89,19 +60,3 @@ def start_logging(is_main: bool) -> Console:
         handler.setFormatter(logging.Formatter("%(message)s"))
         root.addHandler(handler)
     return console
-
-
-def _git(*arguments: str) -> str | None:
-    here = Path(__file__).parent
-    try:
-        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -129,6 +129,7 @@ class Trainer:
                 self.model,
                 device_ids=[world.device] if world.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
+                static_graph=plan.accumulation == 1,  # with no_sync in the first step it fails inside torch
             )
         self.augment = BatchAugmentation(augmentation, data.num_classes, world.device)
         self.meter = TrainMeter(world)
