@@ -70,22 +70,26 @@ def _time_layer(channels: int, side: int, arguments: argparse.Namespace) -> dict
     x, weight, bias = leaf(batch, channels, side, side), leaf(channels, 1, 7, 7), leaf(channels)
     offsets = {"weight_offset": leaf(batch, channels, 7, 7), "sampling_offset": leaf(batch, 98, side, side)}
     upstream = torch.randn_like(x)
-    plain = torch.nn.functional.conv2d
 
-    def backward(y: torch.Tensor) -> None:
-        y.backward(upstream)
+    def contextual() -> torch.Tensor:
+        return contextual_conv2d(x, weight, bias, **offsets, padding=3)
 
-    candidates = {
-        "contextual": lambda: backward(contextual_conv2d(x, weight, bias, **offsets, padding=3)),
-        "plain depthwise": lambda: backward(plain(x, weight, bias, padding=3, groups=channels)),
+    forwards = {
+        "contextual": contextual,
+        "plain depthwise": lambda: torch.nn.functional.conv2d(x, weight, bias, padding=3, groups=channels),
+        "contextual, plain torch": _in_plain_torch(contextual),
     }
-    if arguments.device == "cpu":
-        candidates["contextual, plain torch"] = _in_plain_torch(candidates["contextual"])
     if arguments.released:
-        candidates["torchvision, as released"] = lambda: backward(
-            torchvision_conv(x, weight.squeeze(1) + offsets["weight_offset"], offsets["sampling_offset"], None, 1, 3, 1)
-        )
-    return compare(candidates, "contextual", arguments)
+        forwards["torchvision, as released"] = _with_torchvision(contextual)
+    both = {name: lambda f=forward: f().backward(upstream) for name, forward in forwards.items()}
+    given = [x, weight, bias, *offsets.values()]
+    return {
+        "forward": compare(forwards, "contextual", arguments),
+        "forward and backward": compare(both, "contextual", arguments),
+        "kept_for_backward_over_input": {
+            name: round(kept_for_backward(forward, given) / x.nbytes, 2) for name, forward in forwards.items()
+        },
+    }
 
 
 def torchvision_conv(x, weight, offset, mask, stride, padding, dilation) -> torch.Tensor:
@@ -116,7 +120,8 @@ def benchmark_model(arguments: argparse.Namespace) -> dict:
     return {
         "training step": compare(steps, contextual, arguments),
         "inference": compare(inferences, contextual, arguments),
-        "peak_memory_mib": _peak_memory(arguments.device),
+        "activations_mib": {name: kept_for_backward(step, []) // 2**20 for name, step in steps.items()},
+        "peak_memory_of_the_process_mib": _peak_memory(arguments.device),
     }
 
 
@@ -158,21 +163,23 @@ def benchmark_loss(arguments: argparse.Namespace) -> dict:
     return compare(candidates, "soft targets", arguments)
 
 
-def compare(candidates: dict[str, Callable[[], None]], ours: str, arguments: argparse.Namespace) -> dict:
-    """Median milliseconds of each candidate, and the others' time over ours."""
+def compare(candidates: dict[str, Callable[[], object]], ours: str, arguments: argparse.Namespace) -> dict:
+    """Median milliseconds of each candidate, and our time over that of each other."""
     rounds = [
         {name: _milliseconds(candidate, arguments.device) for name, candidate in candidates.items()}
         for _ in range(arguments.rounds + 1)
     ][1:]  # the first one warms up
     return {
         "milliseconds": {name: round(statistics.median(r[name] for r in rounds), 3) for name in candidates},
-        f"time over that of {ours}": {
-            name: round(statistics.median(r[name] / r[ours] for r in rounds), 3) for name in candidates if name != ours
+        "ratios": {
+            f"{ours} / {name}": round(statistics.median(r[ours] / r[name] for r in rounds), 4)
+            for name in candidates
+            if name != ours
         },
     }
 
 
-def _milliseconds(candidate: Callable[[], None], device: str) -> float:
+def _milliseconds(candidate: Callable[[], object], device: str) -> float:
     if device != "cpu":
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -182,18 +189,32 @@ def _milliseconds(candidate: Callable[[], None], device: str) -> float:
     return 1e3 * (time.perf_counter() - started)
 
 
-def _in_plain_torch(candidate: Callable[[], None]) -> Callable[[], None]:
-    def run() -> None:
+def kept_for_backward(forward: Callable[[], object], given: list[torch.Tensor]) -> int:
+    """Bytes that autograd keeps between the forward and the backward pass, beyond those of the given tensors."""
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(sizes.values()) - sum(sizes.get(tensor.untyped_storage().data_ptr(), 0) for tensor in given)
+
+
+def _in_plain_torch(candidate: Callable) -> Callable:
+    def run() -> object:
         with mock.patch.dict("os.environ", CONTEXTUAL_CNN_OPS="torch"):
-            candidate()
+            return candidate()
 
     return run
 
 
-def _with_torchvision(candidate: Callable[[], None]) -> Callable[[], None]:
-    def run() -> None:
+def _with_torchvision(candidate: Callable) -> Callable:
+    def run() -> object:
         with mock.patch("contextual_cnn.ops.contextual_conv.sampled_conv2d", torchvision_conv):
-            candidate()
+            return candidate()
 
     return run
 

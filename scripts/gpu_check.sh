@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, as JSON, in less than eight minutes: ./scripts/gpu_check.sh FOLDER
+#
+# Needs a python ($PYTHON, else python3) with torch, triton and timm; this checkout need not be installed.
+# The order is that of importance: whatever is cut off at the end is the least missed.
+set -uo pipefail
+folder=$(realpath -m "${1:?usage: gpu_check.sh FOLDER}")
+cd "$(dirname "$0")/.."
+mkdir -p "$folder"
+export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
+python=${PYTHON:-python3}
+device=${DEVICE:-cuda}
+batch_sizes=${BATCH_SIZES:-"128 64 256"}
+failed=0
+
+run() { # name, command ...
+    local name=$1
+    shift
+    echo "== $name" >&2
+    timeout 240 "$python" "$@" --device "$device" --output "$folder/$name.json" > "$folder/$name.log" 2>&1 || {
+        echo "   failed, see $folder/$name.log" >&2
+        failed=1
+    }
+}
+
+run checks scripts/gpu_check.py ${QUICK:+--quick}
+first_batch=${batch_sizes%% *}
+run "op-b$first_batch" scripts/benchmark.py op --batch-size "$first_batch" --rounds 20
+run "model-tiny-b$first_batch" scripts/benchmark.py model --model tiny --batch-size "$first_batch" --compile --rounds 20
+run loss scripts/benchmark.py loss --batch-size "$first_batch" --rounds 20
+for model in small base; do
+    run "model-$model-b$first_batch" scripts/benchmark.py model --model "$model" --batch-size "$first_batch" --compile --rounds 10
+done
+for batch in ${batch_sizes#"$first_batch"}; do
+    run "model-tiny-b$batch" scripts/benchmark.py model --model tiny --batch-size "$batch" --compile --rounds 10
+done
+exit $failed
