@@ -17,6 +17,7 @@
 #include <cmath>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace {
 
@@ -26,109 +27,107 @@ struct Geometry {
   int64_t taps() const { return kernel_height * kernel_width; }
 };
 
-// The four pixels around a sampling point: where they are, how much each counts, and whether it is on the map.
+// Where one tap of one position samples: four pixels, or the row of zeros instead of one that is off the map.
 template <typename T>
-struct Corners {
-  int64_t index[4];  // into the map's pixels; 0 where outside
-  T weight[4];       // bilinear, 0 where outside
-  T inside[4];
+struct Sample {
+  int64_t pixel[4];  // -1 off the map
   T down, right;     // fractions
+  T weight[4];       // bilinear
+
+  // Compared as floating point: a position far outside, or NaN, has no integer. NaN fractions show in the output.
+  Sample(const Geometry& g, T y, T x) {
+    const T top = std::floor(y), left = std::floor(x);
+    down = y - top;
+    right = x - left;
+    for (int i = 0; i < 4; ++i) {
+      const T row = top + T(i / 2), column = left + T(i % 2);
+      const bool inside = row >= 0 && row < T(g.height) && column >= 0 && column < T(g.width);
+      pixel[i] = inside ? int64_t(row) * g.width + int64_t(column) : -1;
+      weight[i] = (i / 2 ? down : 1 - down) * (i % 2 ? right : 1 - right);
+    }
+  }
 };
 
-template <typename T>
-Corners<T> corners_at(const Geometry& g, int64_t position, int64_t tap, const T* offset) {
-  const T y = T(position / g.out_width * g.stride - g.padding + tap / g.kernel_width * g.dilation) + (offset ? offset[0] : T(0));
-  const T x = T(position % g.out_width * g.stride - g.padding + tap % g.kernel_width * g.dilation) + (offset ? offset[1] : T(0));
-  const T top = std::floor(y), left = std::floor(x);
-  Corners<T> result;
-  result.down = y - top;
-  result.right = x - left;
-  for (int i = 0; i < 4; ++i) {
-    const T row = top + T(i / 2), column = left + T(i % 2);
-    // Compared as floating point: a position far outside, or NaN, has no integer
-    const bool inside = row >= 0 && row < T(g.height) && column >= 0 && column < T(g.width);
-    result.inside[i] = T(inside);
-    result.index[i] = inside ? int64_t(row) * g.width + int64_t(column) : 0;
-    // Times `inside` instead of a choice: NaN stays NaN and shows in the output
-    result.weight[i] = (i / 2 ? result.down : 1 - result.down) * (i % 2 ? result.right : 1 - result.right) * T(inside);
-  }
-  return result;
+// Calls what(tap, sample) for every tap of a position.
+template <typename T, typename What>
+void for_each_tap(const Geometry& g, int64_t position, const T* offset, What what) {
+  const T row = T(position / g.out_width * g.stride - g.padding), column = T(position % g.out_width * g.stride - g.padding);
+  int64_t tap = 0;
+  for (int64_t ky = 0; ky < g.kernel_height; ++ky)
+    for (int64_t kx = 0; kx < g.kernel_width; ++kx, ++tap)
+      what(tap, Sample<T>(g, row + T(ky * g.dilation) + (offset ? offset[2 * tap] : T(0)),
+                          column + T(kx * g.dilation) + (offset ? offset[2 * tap + 1] : T(0))));
 }
 
 template <typename T>
 void forward(const Geometry& g, int64_t batch, const T* x, const T* w, const T* offset, const T* mask, T* y) {
   const int64_t P = g.positions(), K = g.taps(), C = g.channels;
-  at::parallel_for(0, batch * P, std::max<int64_t>(1, 4096 / (K * C)), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, batch * P, 1, [&](int64_t begin, int64_t end) {
+    const std::vector<T> zeros(C);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / P, p = i % P;
       const T* map = x + b * g.height * g.width * C;
       T* out = y + i * C;
       std::fill(out, out + C, T(0));
-      for (int64_t k = 0; k < K; ++k) {
-        const auto at = corners_at<T>(g, p, k, offset ? offset + (i * K + k) * 2 : nullptr);
+      for_each_tap<T>(g, p, offset ? offset + i * K * 2 : nullptr, [&](int64_t k, const Sample<T>& at) {
         const T amount = mask ? mask[i * K + k] : T(1);
         const T a0 = amount * at.weight[0], a1 = amount * at.weight[1], a2 = amount * at.weight[2], a3 = amount * at.weight[3];
-        const T *v0 = map + at.index[0] * C, *v1 = map + at.index[1] * C, *v2 = map + at.index[2] * C, *v3 = map + at.index[3] * C;
-        const T* weight = w + (b * K + k) * C;
+        const T* v[4];
+        for (int corner = 0; corner < 4; ++corner) v[corner] = at.pixel[corner] < 0 ? zeros.data() : map + at.pixel[corner] * C;
+        const T *v0 = v[0], *v1 = v[1], *v2 = v[2], *v3 = v[3], *weight = w + (b * K + k) * C;
 #pragma GCC ivdep
         for (int64_t c = 0; c < C; ++c) out[c] += weight[c] * (a0 * v0[c] + a1 * v1[c] + a2 * v2[c] + a3 * v3[c]);
-      }
+      });
     }
   });
 }
 
 // One sample and one range of channels: its part of every gradient. The offsets' and the mask's gradients sum over
-// channels, so each range writes its own copy of them. A pixel off the map has dot 0: the gradient of a sample with
-// respect to its position sees the zeros outside.
+// channels, so each range writes its own copy of them.
 template <typename T>
 void backward_range(const Geometry& g, int64_t first, int64_t last, const T* gy, const T* x, const T* w, const T* offset,
                     const T* mask, T* gx, T* gw, T* goffset, T* gmask) {
-  const int64_t P = g.positions(), K = g.taps(), C = g.channels;
-  for (int64_t p = 0; p < P; ++p) {
+  const int64_t K = g.taps(), C = g.channels;
+  // What a pixel off the map is read from and what its gradient is written to. The four gradients of one sample are
+  // written in one loop, so no two of them may share memory that matters.
+  const std::vector<T> zeros(C);
+  std::vector<T> nowhere(C);
+  for (int64_t p = 0; p < g.positions(); ++p) {
     const T* out = gy + p * C;
-    for (int64_t k = 0; k < K; ++k) {
-      const auto at = corners_at<T>(g, p, k, offset ? offset + (p * K + k) * 2 : nullptr);
+    for_each_tap<T>(g, p, offset ? offset + p * K * 2 : nullptr, [&](int64_t k, const Sample<T>& at) {
       const T amount = mask ? mask[p * K + k] : T(1);
-      const T a0 = at.weight[0], a1 = at.weight[1], a2 = at.weight[2], a3 = at.weight[3];
-      const int64_t i0 = at.index[0] * C, i1 = at.index[1] * C, i2 = at.index[2] * C, i3 = at.index[3] * C;
-      const T* weight = w + k * C;
-      T* weight_grad = gw + k * C;
+      const T a0 = amount * at.weight[0], a1 = amount * at.weight[1], a2 = amount * at.weight[2], a3 = amount * at.weight[3];
+      const T* v[4];
+      T* gv[4];
+      for (int corner = 0; corner < 4; ++corner) {
+        const int64_t pixel = at.pixel[corner];
+        v[corner] = pixel < 0 ? zeros.data() : x + pixel * C;
+        gv[corner] = pixel < 0 ? nowhere.data() : gx + pixel * C;
+      }
+      const T *v0 = v[0], *v1 = v[1], *v2 = v[2], *v3 = v[3], *weight = w + k * C;
+      T *gv0 = gv[0], *gv1 = gv[1], *gv2 = gv[2], *gv3 = gv[3], *gweight = gw + k * C;
       T dot0 = 0, dot1 = 0, dot2 = 0, dot3 = 0;  // of the upstream gradient with each corner's pixel
 #pragma omp simd reduction(+ : dot0, dot1, dot2, dot3)
       for (int64_t c = first; c < last; ++c) {
-        const T v0 = x[i0 + c], v1 = x[i1 + c], v2 = x[i2 + c], v3 = x[i3 + c];
-        const T upstream = out[c] * weight[c];
-        dot0 += upstream * v0;
-        dot1 += upstream * v1;
-        dot2 += upstream * v2;
-        dot3 += upstream * v3;
-        weight_grad[c] += amount * out[c] * (a0 * v0 + a1 * v1 + a2 * v2 + a3 * v3);
+        const T upstream = out[c], weighted = upstream * weight[c];
+        dot0 += weighted * v0[c];
+        dot1 += weighted * v1[c];
+        dot2 += weighted * v2[c];
+        dot3 += weighted * v3[c];
+        gweight[c] += upstream * (a0 * v0[c] + a1 * v1[c] + a2 * v2[c] + a3 * v3[c]);
+        gv0[c] += a0 * weighted;
+        gv1[c] += a1 * weighted;
+        gv2[c] += a2 * weighted;
+        gv3[c] += a3 * weighted;
       }
-      // One corner at a time: two corners outside the map share pixel 0
-      const int64_t index[4] = {i0, i1, i2, i3};
-      for (int corner = 0; corner < 4; ++corner) {
-        const T a = amount * at.weight[corner];
-        if (a == 0) continue;
-        T* pixel_grad = gx + index[corner];
-#pragma GCC ivdep
-        for (int64_t c = first; c < last; ++c) pixel_grad[c] += a * out[c] * weight[c];
-      }
-      dot0 *= at.inside[0];
-      dot1 *= at.inside[1];
-      dot2 *= at.inside[2];
-      dot3 *= at.inside[3];
       if (goffset) {
         goffset[(p * K + k) * 2] = amount * ((1 - at.right) * (dot2 - dot0) + at.right * (dot3 - dot1));
         goffset[(p * K + k) * 2 + 1] = amount * ((1 - at.down) * (dot1 - dot0) + at.down * (dot3 - dot2));
       }
-      if (gmask) {
-        const T bilinear[4] = {(1 - at.down) * (1 - at.right), (1 - at.down) * at.right, at.down * (1 - at.right), at.down * at.right};
-        gmask[p * K + k] = bilinear[0] * dot0 + bilinear[1] * dot1 + bilinear[2] * dot2 + bilinear[3] * dot3;
-      }
-    }
+      if (gmask) gmask[p * K + k] = at.weight[0] * dot0 + at.weight[1] * dot1 + at.weight[2] * dot2 + at.weight[3] * dot3;
+    });
   }
 }
-
 
 // Adds up the copies that the ranges of channels wrote.
 at::Tensor sum_copies(const at::Tensor& copies) { return copies.size(0) == 1 ? copies[0] : copies.sum(0); }
