@@ -27,9 +27,18 @@ def describe(metrics: dict[str, float]) -> str:
     if recalls:
         parts.append(f"recall {' '.join(f'{value:.0f}' for value in recalls)} %")
     parts.append(f"lr {metrics['train/lr']:.2e}")
-    parts.append(f"{metrics['train/images_per_second']:.0f} img/s")
+    parts.append(f"{metrics['train/images_per_second']:.3g} img/s")
     parts.append(f"data wait {metrics['train/data_wait']:.0f} %")
     return ", ".join(parts)
+
+
+def describe_evaluation(reports: dict[str, dict[str, float]]) -> str:
+    """An evaluation in one line: accuracy of each set of weights, recall per stage and speed of the raw ones."""
+    parts = [f"{name} top-1 {report['top1']:.2f} top-5 {report['top5']:.2f}" for name, report in reports.items()]
+    recalls = [f"{value:.0f}" for name, value in reports["raw"].items() if name.startswith("recall")]
+    if recalls:
+        parts.append(f"recall {' '.join(recalls)} %")
+    return ", ".join([*parts, f"{reports['raw']['images_per_second']:.3g} img/s"])
 
 
 class ProgressDisplay:

@@ -21,7 +21,7 @@ from contextual_cnn.distributed import World
 from contextual_cnn.engine.checkpoint import CheckpointStore
 from contextual_cnn.engine.evaluator import evaluate
 from contextual_cnn.engine.loggers import MetricsLogger
-from contextual_cnn.engine.progress import ProgressDisplay
+from contextual_cnn.engine.progress import ProgressDisplay, describe_evaluation
 from contextual_cnn.engine.train_meter import TrainMeter
 from contextual_cnn.errors import UserError
 from contextual_cnn.losses import StagedCrossEntropy
@@ -228,22 +228,12 @@ class Trainer:
                 distribute_bn(model, self.world.size, reduce=True)
         autocast = self.settings.autocast(self.world.device)
         reports = evaluate(models, val_batches, val_batches.images, self.world, autocast)
+        epoch = -(-self.step // self.plan.steps_per_epoch)  # the one that the step belongs to, counted from 1
         weights = max(reports, key=lambda name: reports[name]["top1"])
         is_best = reports[weights]["top1"] > self.best["top1"]
         if is_best:
-            self.best = {"top1": reports[weights]["top1"], "epoch": self.epoch, "weights": weights}
-        summary = ", ".join(
-            f"{name} top-1 {report['top1']:.2f} top-5 {report['top5']:.2f}" for name, report in reports.items()
-        )
-        recalls = [f"{value:.0f}" for name, value in reports["raw"].items() if name.startswith("recall")]
-        log.info(
-            "epoch %d evaluated: %s%s, %.0f img/s%s",
-            -(-self.step // self.plan.steps_per_epoch),
-            summary,
-            f", recall {' '.join(recalls)} %" if recalls else "",
-            reports["raw"]["images_per_second"],
-            "  (best so far)" if is_best else "",
-        )
+            self.best = {"top1": reports[weights]["top1"], "epoch": epoch, "weights": weights}
+        log.info("epoch %d evaluated: %s%s", epoch, describe_evaluation(reports), "  (best so far)" if is_best else "")
         self._warn_of_collapse(reports["raw"])
         prefixes = {"raw": "val", "ema": "val_ema"}
         metrics = {
@@ -259,8 +249,8 @@ class Trainer:
             if recall < 1.1 * chance and chance < 90:
                 log.warning(
                     "the shortlist after stage %d holds the true class in %.1f %% of the val images, "
-                    "a random one in %.1f %%: stage %d has learned nothing yet",
-                    *(i, recall, chance, i),
+                    "a random one would in %.1f %%",
+                    *(i, recall, chance),
                 )
 
     def _state(self) -> dict[str, Any]:
