@@ -92,16 +92,15 @@ def _time_layer(channels: int, side: int, arguments: argparse.Namespace) -> dict
     }
 
 
-def torchvision_conv(x, weight, offset, mask, stride, padding, dilation) -> torch.Tensor:
+def torchvision_conv(x, weight, offset, mask, geometry) -> torch.Tensor:
     """The released code's formulation of `sampled_conv2d`: every (sample, channel) is a group of its own."""
     batch, channels = x.shape[:2]
     y = deform_conv2d(
         x.reshape(1, batch * channels, *x.shape[2:]),
         offset.reshape(1, -1, *offset.shape[2:]),
         weight.flatten(0, 1).unsqueeze(1),
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
+        None,
+        *geometry,
         mask=mask.reshape(1, -1, *mask.shape[2:]) if mask is not None else None,
     )
     return y.view(batch, channels, *y.shape[2:])

@@ -216,7 +216,7 @@ def test_the_operator_keeps_torchs_rules(absent):
     offset, mask = (None if name in absent else tensors[name].requires_grad_() for name in ("sampling_offset", "mask"))
     weight = (tensors["weight"].squeeze(1) + tensors["weight_offset"]).requires_grad_()
     torch.library.opcheck(
-        sampled_conv.kernel, (tensors["x"].requires_grad_(), weight, offset, mask, *geometry.values())
+        sampled_conv.kernel, (tensors["x"].requires_grad_(), weight, offset, mask, list(geometry.values()))
     )
 
 

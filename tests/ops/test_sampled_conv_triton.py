@@ -64,8 +64,8 @@ def test_forward_and_every_gradient(case):
     tensors, upstream, geometry = inputs(*case)
     y, gradients = expected(tensors, upstream, geometry)
     on_device = [t.to(DEVICE) if t is not None else None for t in tensors]
-    assert relative_error(sampled_conv_triton.forward(*on_device, *geometry), y) < 1e-6
-    found = sampled_conv_triton.backward(upstream.to(DEVICE), *on_device, *geometry)
+    assert relative_error(sampled_conv_triton.forward(*on_device, geometry), y) < 1e-6
+    found = sampled_conv_triton.backward(upstream.to(DEVICE), *on_device, geometry)
     found = [g for g, t in zip(found, tensors, strict=True) if t is not None]
     for ours, theirs in zip(found, gradients, strict=True):
         assert ours.shape == theirs.shape
@@ -79,7 +79,7 @@ def relative_error(ours, theirs):
 def test_the_same_bits_every_time():
     tensors, upstream, geometry = inputs(*CASES["small"])
     on_device = [t.to(DEVICE) for t in tensors]
-    runs = [sampled_conv_triton.backward(upstream.to(DEVICE), *on_device, *geometry) for _ in range(2)]
+    runs = [sampled_conv_triton.backward(upstream.to(DEVICE), *on_device, geometry) for _ in range(2)]
     for one, other in zip(*runs, strict=True):
         assert torch.equal(one, other)
 

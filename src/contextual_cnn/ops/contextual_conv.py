@@ -64,7 +64,7 @@ def _depthwise(x, weight, weight_offset, sampling_offset, mask, geometry) -> Ten
     combined = combined + weight_offset if weight_offset is not None else combined.expand(len(x), -1, -1, -1)
     if regular:
         return _per_sample_conv2d(x, combined, *geometry)
-    return sampled_conv2d(x, combined, sampling_offset, mask, *geometry)
+    return sampled_conv2d(x, combined, sampling_offset, mask, geometry)
 
 
 def _dense(x, weight, weight_offset, sampling_offset, mask, geometry) -> Tensor:

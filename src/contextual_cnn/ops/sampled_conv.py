@@ -10,10 +10,12 @@ Precision: x, weight, offset and mask may have any floating type; sums and posit
 type. Autocast changes nothing here: callers bring x in the type they want, and the offsets in float32.
 
 Shapes: x (B, C, H, W), weight (B, C, kh, kw), offset (B, 2K, Ho, Wo), mask (B, K, Ho, Wo), y (B, C, Ho, Wo).
+geometry is (stride, padding, dilation).
 """
 
 import logging
 import os
+from collections.abc import Sequence
 from functools import cache
 from typing import Literal
 
@@ -29,18 +31,12 @@ Implementation = Literal["cpp", "triton", "torch"]
 
 
 def sampled_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    offset: Tensor | None,
-    mask: Tensor | None,
-    stride: int,
-    padding: int,
-    dilation: int,
+    x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | None, geometry: Sequence[int]
 ) -> Tensor:
     """Offset or mask, or both, must be there. Returns y, channels_last."""
     if implementation(x.device.type, x.dtype) == "torch":
-        return sampled_conv_torch.forward(x, weight, offset, mask, stride, padding, dilation)
-    return kernel(x, weight, offset, mask, stride, padding, dilation)
+        return sampled_conv_torch.forward(x, weight, offset, mask, geometry)
+    return kernel(x, weight, offset, mask, geometry)
 
 
 @torch.compiler.assume_constant_result
@@ -68,32 +64,17 @@ def _triton_is_available() -> bool:
 
 
 @torch.library.custom_op("contextual_cnn::sampled_conv2d", mutates_args=(), device_types="cpu")
-def kernel(
-    x: Tensor,
-    weight: Tensor,
-    offset: Tensor | None,
-    mask: Tensor | None,
-    stride: int,
-    padding: int,
-    dilation: int,
-) -> Tensor:
+def kernel(x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | None, geometry: Sequence[int]) -> Tensor:
     """The operator, on a CPU."""
-    return sampled_conv_cpp.forward(x, weight, offset, mask, stride, padding, dilation)
+    return sampled_conv_cpp.forward(x, weight, offset, mask, geometry)
 
 
 @torch.library.custom_op("contextual_cnn::sampled_conv2d_backward", mutates_args=(), device_types="cpu")
 def kernel_backward(
-    gradient: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    offset: Tensor | None,
-    mask: Tensor | None,
-    stride: int,
-    padding: int,
-    dilation: int,
+    gradient: Tensor, x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | None, geometry: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, offset and mask; an empty one for an offset or a mask that is not there."""
-    return sampled_conv_cpp.backward(gradient, x, weight, offset, mask, stride, padding, dilation)
+    return sampled_conv_cpp.backward(gradient, x, weight, offset, mask, geometry)
 
 
 @kernel.register_kernel("cuda")
@@ -111,25 +92,25 @@ def _(*arguments):
 
 
 @kernel.register_fake
-def _(x, weight, offset, mask, stride, padding, dilation):
+def _(x, weight, offset, mask, geometry):
     like = offset if offset is not None else mask
     return x.new_empty(x.shape[0], *like.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
 
 
 @kernel_backward.register_fake
-def _(gradient, x, weight, offset, mask, stride, padding, dilation):
+def _(gradient, x, weight, offset, mask, geometry):
     return tuple(torch.empty_like(t) if t is not None else x.new_empty(0) for t in (x, weight, offset, mask))
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.stride, ctx.padding, ctx.dilation = inputs
+    *tensors, ctx.geometry = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx, gradient: Tensor):
     tensors = ctx.saved_tensors
-    gradients = kernel_backward(gradient, *tensors, ctx.stride, ctx.padding, ctx.dilation)
-    return *(g if t is not None else None for g, t in zip(gradients, tensors, strict=True)), None, None, None
+    gradients = kernel_backward(gradient, *tensors, ctx.geometry)
+    return *(g if t is not None else None for g, t in zip(gradients, tensors, strict=True)), None
 
 
 kernel.register_autograd(_differentiate, setup_context=_save)

@@ -10,6 +10,7 @@ import platform
 import shlex
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -78,37 +79,22 @@ def _processor() -> str:
     return platform.machine() + next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    offset: Tensor | None,
-    mask: Tensor | None,
-    stride: int,
-    padding: int,
-    dilation: int,
-) -> Tensor:
+def forward(x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | None, geometry: Sequence[int]) -> Tensor:
     """As `sampled_conv.sampled_conv2d`."""
     like = offset if offset is not None else mask
     y = torch.ops.contextual_cnn_cpu.sampled_conv2d(
-        *_inside(x, weight, offset, mask), *like.shape[2:], weight.shape[2:], stride, padding, dilation
+        *_inside(x, weight, offset, mask), *like.shape[2:], weight.shape[2:], *geometry
     )
     return y.permute(0, 3, 1, 2).to(x.dtype)
 
 
 def backward(
-    gradient: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    offset: Tensor | None,
-    mask: Tensor | None,
-    stride: int,
-    padding: int,
-    dilation: int,
+    gradient: Tensor, x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | None, geometry: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `sampled_conv.kernel_backward`."""
     inside = _inside(x, weight, offset, mask)
     gx, gw, goffset, gmask = torch.ops.contextual_cnn_cpu.sampled_conv2d_backward(
-        pixels(gradient, inside[0].dtype), *inside, weight.shape[2:], stride, padding, dilation
+        pixels(gradient, inside[0].dtype), *inside, weight.shape[2:], *geometry
     )
     return (
         map_back(gx, x),

@@ -11,6 +11,8 @@ Shapes as in contextual_conv.py. The floor is taken in pixel units: normalised c
 either side of a whole pixel, where a fresh layer has all its samples, and spoil the offsets' gradient there.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
@@ -18,64 +20,44 @@ from torch.nn.functional import embedding_bag
 _CHUNK_ELEMENTS = 64 * 2**20  # sampled taps held at once in inference: 256 MiB in float32
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    offset: Tensor | None,
-    mask: Tensor | None,
-    stride: int,
-    padding: int,
-    dilation: int,
-) -> Tensor:
+def forward(x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | None, geometry: Sequence[int]) -> Tensor:
     """As `sampled_conv.sampled_conv2d`."""
     batch, channels = x.shape[:2]
-    kh, kw = weight.shape[2:]
-    like = offset if offset is not None else mask
-    out_height, out_width = like.shape[2:]
+    kernel, out = weight.shape[2:], (offset if offset is not None else mask).shape[2:]
     exact = torch.promote_types(x.dtype, torch.float32)
-    # The taps' weights in the table's layout: (B, 1, K, C)
-    taps = weight.to(exact).flatten(2).transpose(1, 2).unsqueeze(1)
+    taps = weight.to(exact).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, K, C)
     pixels = x.to(exact).permute(0, 2, 3, 1)  # (B, H, W, C)
-    y, x_ = _positions(kh, kw, out_height, out_width, stride, padding, dilation, like.device, exact)
+    rows, columns = (t.to(exact).expand(batch, -1, -1) for t in _regular_grid(kernel, out, geometry, x.device))
     if offset is not None:
-        shift = offset.to(exact).unflatten(1, (kh * kw, 2)).permute(0, 3, 4, 1, 2).flatten(1, 2)  # (B, P, K, 2)
-        y, x_ = y + shift[..., 0], x_ + shift[..., 1]
-    else:
-        y, x_ = y.expand(batch, -1, -1), x_.expand(batch, -1, -1)
-    amount = mask.to(exact).flatten(2).transpose(1, 2) if mask is not None else None  # (B, P, K)
-
-    per_sample = out_height * out_width * kh * kw * channels
-    size = max(1, _CHUNK_ELEMENTS // max(1, per_sample))
-    chunks = [
-        _convolve(
-            pixels[i : i + size],
-            taps[i : i + size],
-            y[i : i + size],
-            x_[i : i + size],
-            amount[i : i + size] if amount is not None else None,
-        )
-        for i in range(0, batch, size)
-    ]
-    out = torch.cat(chunks) if chunks else pixels.new_zeros(0, out_height * out_width, channels)
-    return out.unflatten(1, (out_height, out_width)).permute(0, 3, 1, 2).to(x.dtype)
+        shift = offset.to(exact).unflatten(1, (-1, 2)).permute(0, 3, 4, 1, 2).flatten(1, 2)  # (B, P, K, 2)
+        rows, columns = rows + shift[..., 0], columns + shift[..., 1]
+    amount = mask.to(exact).flatten(2).transpose(1, 2) if mask is not None else torch.ones_like(rows)  # (B, P, K)
+    if batch == 0:
+        return x.new_zeros(0, channels, *out)
+    size = max(1, _CHUNK_ELEMENTS // (channels * rows[0].numel()))
+    chunks = zip(*(t.split(size) for t in (pixels, taps, rows, columns, amount)), strict=True)
+    y = torch.cat([_convolve(*chunk) for chunk in chunks])
+    return y.unflatten(1, out).permute(0, 3, 1, 2).to(x.dtype)
 
 
-def _positions(kh, kw, out_height, out_width, stride, padding, dilation, device, dtype) -> tuple[Tensor, Tensor]:
-    """Row and column of every tap of the regular grid, p + g(k): each (1, P, K)."""
-    rows = (torch.arange(out_height, device=device) * stride - padding)[:, None] + torch.arange(
-        kh, device=device
-    ) * dilation
-    columns = (torch.arange(out_width, device=device) * stride - padding)[:, None] + torch.arange(
-        kw, device=device
-    ) * dilation
-    shape = (out_height, out_width, kh, kw)
-    y = rows[:, None, :, None].expand(shape).reshape(1, out_height * out_width, kh * kw)
-    x = columns[None, :, None, :].expand(shape).reshape(1, out_height * out_width, kh * kw)
-    return y.to(dtype), x.to(dtype)
+def _regular_grid(
+    kernel: Sequence[int], out: Sequence[int], geometry: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Row and column of every tap without offsets, p + g(k): each (P, K)."""
+    stride, padding, dilation = geometry
+    # Along each axis: (output positions, taps)
+    rows, columns = (
+        (torch.arange(positions, device=device) * stride - padding)[:, None]
+        + torch.arange(taps, device=device) * dilation
+        for positions, taps in zip(out, kernel, strict=True)
+    )
+    shape = (*out, *kernel)
+    rows, columns = rows[:, None, :, None].expand(shape), columns[None, :, None, :].expand(shape)
+    return rows.flatten(0, 1).flatten(1), columns.flatten(0, 1).flatten(1)
 
 
-def _convolve(pixels: Tensor, taps: Tensor, y: Tensor, x: Tensor, amount: Tensor | None) -> Tensor:
-    """(B, H, W, C) pixels, (B, 1, K, C) taps, (B, P, K) coordinates -> (B, P, C)."""
+def _convolve(pixels: Tensor, taps: Tensor, y: Tensor, x: Tensor, amount: Tensor) -> Tensor:
+    """(B, H, W, C) pixels, (B, 1, K, C) taps, (B, P, K) rows, columns and factors -> (B, P, C)."""
     batch, height, width, channels = pixels.shape
     top, left = y.detach().floor(), x.detach().floor()
     down, right = y - top, x - left
@@ -89,9 +71,7 @@ def _convolve(pixels: Tensor, taps: Tensor, y: Tensor, x: Tensor, amount: Tensor
             index = index + column.clamp(0, width - 1).long().clamp(0, width - 1)
             rows.append(first_row + index)
             weights.append(row_weight * column_weight * inside)
-    weight = torch.stack(weights, dim=-1)  # (B, P, K, 4)
-    if amount is not None:
-        weight = weight * amount.unsqueeze(-1)
+    weight = torch.stack(weights, dim=-1) * amount.unsqueeze(-1)  # (B, P, K, 4)
     bags = embedding_bag(
         torch.stack(rows, dim=-1).view(-1, 4),
         pixels.reshape(-1, channels),

@@ -15,6 +15,8 @@ Shapes: x (B, H, W, C), w (B, K, C), offset (B, P, K, 2), mask (B, P, K), y (B, 
 Q = H W pixels.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -167,17 +169,9 @@ def _input_kernel(
     tl.store(gx + (b * H * W + q)[:, None] * C + c[None, :], total.to(gx.dtype.element_ty), mask=there)
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    offset: Tensor | None,
-    mask: Tensor | None,
-    stride: int,
-    padding: int,
-    dilation: int,
-) -> Tensor:
+def forward(x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | None, geometry: Sequence[int]) -> Tensor:
     """As `sampled_conv.kernel`."""
-    g = _Geometry(x, weight, offset, mask, stride, padding, dilation)
+    g = _Geometry(x, weight, offset, mask, geometry)
     y = x.new_empty(g.batch, *g.out, g.channels)
     grid = (triton.cdiv(g.positions, _POSITIONS), g.channel_blocks, g.batch)
     inside = _inside(x, weight, offset, mask)
@@ -186,17 +180,10 @@ def forward(
 
 
 def backward(
-    gradient: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    offset: Tensor | None,
-    mask: Tensor | None,
-    stride: int,
-    padding: int,
-    dilation: int,
+    gradient: Tensor, x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | None, geometry: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `sampled_conv.kernel_backward`."""
-    g = _Geometry(x, weight, offset, mask, stride, padding, dilation)
+    g = _Geometry(x, weight, offset, mask, geometry)
     gy, inside = pixels(gradient, x.dtype), _inside(x, weight, offset, mask)
     x_, w_, offset_, mask_ = inside
     gw = torch.empty_like(w_)
@@ -226,7 +213,7 @@ def backward(
 class _Geometry:
     """The numbers that every kernel takes."""
 
-    def __init__(self, x, weight, offset, mask, stride, padding, dilation) -> None:
+    def __init__(self, x, weight, offset, mask, geometry) -> None:
         like = offset if offset is not None else mask
         self.device = x.device
         self.batch, self.channels, height, width = x.shape
@@ -234,9 +221,9 @@ class _Geometry:
         self.positions = self.out[0] * self.out[1]
         self.kernel = weight.shape[2] * weight.shape[3]
         self.channel_blocks = triton.cdiv(self.channels, _CHANNELS)
-        self.sizes = (height, width, self.channels, self.positions, self.out[1], stride, padding, dilation)
+        self.sizes = (height, width, self.channels, self.positions, self.out[1], *geometry)
         self.taps = {"K": self.kernel, "KW": weight.shape[3]}
-        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.stride, self.padding, self.dilation = geometry
 
 
 def _inside(x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | None) -> tuple:
