@@ -33,7 +33,7 @@ def is_available() -> bool:
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         log.warning(
-            "the C++ kernels could not be built (%s); plain torch is used, about ten times slower on a CPU",
+            "the C++ kernels could not be built (%s); plain torch is used, about 20 times slower on a CPU",
             reason.strip().splitlines()[0],
         )
         return False
