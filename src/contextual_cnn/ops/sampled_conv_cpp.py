@@ -30,7 +30,7 @@ def is_available() -> bool:
     """Whether the kernels are there; compiles them (about ten seconds, once) if they are not."""
     try:
         torch.ops.load_library(_build())
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder to cache in
         reason = getattr(error, "stderr", None) or str(error)
         log.warning(
             "the C++ kernels could not be built (%s); plain torch is used, about 20 times slower on a CPU",
@@ -53,6 +53,7 @@ def _build() -> Path:
     library = cache_folder / f"sampled_conv_{key}.so"
     if library.exists():
         return library
+    log.info("compiling the C++ kernels for this processor, once (about ten seconds)")
     cache_folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_folder) as folder:
         made = Path(folder) / library.name
