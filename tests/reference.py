@@ -18,7 +18,7 @@ def contextual_conv2d(x, weight, bias, weight_offset, sampling_offset, mask, str
         return x[b, c, row, column] if 0 <= row < height and 0 <= column < width else x.new_zeros(())
 
     def bilinear(b, c, y, x_):
-        top, left = math.floor(float(y)), math.floor(float(x_))
+        top, left = math.floor(y.item()), math.floor(x_.item())
         down, right = y - top, x_ - left
         return (
             (1 - down) * (1 - right) * pixel(b, c, top, left)
