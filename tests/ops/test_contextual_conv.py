@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.ops import deform_conv2d
 
 from contextual_cnn.errors import UserError
@@ -218,6 +219,23 @@ def test_the_operator_keeps_torchs_rules(absent):
     torch.library.opcheck(
         sampled_conv.kernel, (tensors["x"].requires_grad_(), weight, offset, mask, list(geometry.values()))
     )
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("absent", [(), ("mask",), ("sampling_offset",)])
+def test_the_operators_gradient_keeps_torchs_rules(absent, layout):
+    tensors, geometry = example()
+    offset, mask = (None if name in absent else tensors[name] for name in ("sampling_offset", "mask"))
+    weight = tensors["weight"].squeeze(1) + tensors["weight_offset"]
+    x = tensors["x"].contiguous(memory_format=layout)
+    upstream = torch.randn_like(call(tensors, geometry))
+    arguments = (upstream, x, weight, offset, mask, list(geometry.values()))
+    torch.library.opcheck(sampled_conv.kernel_backward, arguments)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+        promised = sampled_conv.kernel_backward(*fakes)
+    for real, fake in zip(sampled_conv.kernel_backward(*arguments), promised, strict=True):
+        assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
 
 
 def test_compiles_and_exports_whole():

@@ -94,12 +94,18 @@ def _(*arguments):
 @kernel.register_fake
 def _(x, weight, offset, mask, geometry):
     like = offset if offset is not None else mask
-    return x.new_empty(x.shape[0], *like.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+    return _empty_channels_last(x, (*x.shape[:2], *like.shape[2:]))
 
 
 @kernel_backward.register_fake
 def _(gradient, x, weight, offset, mask, geometry):
-    return tuple(torch.empty_like(t) if t is not None else x.new_empty(0) for t in (x, weight, offset, mask))
+    tensors = (x, weight, offset, mask)
+    return tuple(_empty_channels_last(t, t.shape) if t is not None else x.new_empty(0) for t in tensors)
+
+
+def _empty_channels_last(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """All that the kernels give has channels innermost, whatever the layout of what they get."""
+    return like.new_empty(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
 
 
 def _save(ctx, inputs, output) -> None:

@@ -100,8 +100,8 @@ def backward(
     return (
         map_back(gx, x),
         taps_back(gw, weight),
-        map_back(goffset, offset) if offset is not None else goffset,
-        map_back(gmask, mask) if mask is not None else gmask,
+        map_back(goffset, offset) if offset is not None else x.new_empty(0),
+        map_back(gmask, mask) if mask is not None else x.new_empty(0),
     )
 
 
