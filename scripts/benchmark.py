@@ -7,7 +7,6 @@ figure is the median over the rounds, and the ratios are medians of the ratios w
 """
 
 import argparse
-import json
 import resource
 import statistics
 import time
@@ -19,7 +18,7 @@ import torch
 from torchvision.ops import deform_conv2d
 
 from contextual_cnn.contracts import StagedScores
-from contextual_cnn.engine.environment import environment
+from contextual_cnn.engine.environment import environment, print_report
 from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.models import build_model
 from contextual_cnn.ops import contextual_conv2d
@@ -48,11 +47,7 @@ def main() -> None:
         "environment": environment(),
         "results": results,
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text + "\n")
+    print_report(report, arguments.output)
 
 
 def benchmark_op(arguments: argparse.Namespace) -> dict:

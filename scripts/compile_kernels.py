@@ -6,7 +6,6 @@ JSON: registers a thread, bytes spilled, bytes of shared memory, by kernel, type
 """
 
 import argparse
-import json
 import re
 import subprocess
 import tempfile
@@ -17,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from contextual_cnn.engine.environment import print_report
 from contextual_cnn.ops import sampled_conv_triton as kernels
 
 TYPES = {"bfloat16": "*bf16", "float32": "*fp32"}
@@ -46,10 +46,7 @@ def main() -> None:
             for type_name in TYPES
         ],
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if arguments.output is not None:
-        arguments.output.write_text(text + "\n")
+    print_report(report, arguments.output)
 
 
 def compile_kernel(name: str, type_name: str, capability: int) -> dict:

@@ -6,7 +6,6 @@ Needs torch, triton, timm and this package on the path; no Hydra, no W&B, no DAL
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from contextual_cnn.contracts import StagedScores
-from contextual_cnn.engine.environment import environment
+from contextual_cnn.engine.environment import environment, print_report
 from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.models import build_model
 from contextual_cnn.ops import contextual_conv2d
@@ -50,11 +49,7 @@ def main() -> None:
         "passed": all(check["passed"] for check in checks),
         "checks": checks,
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text + "\n")
+    print_report(report, arguments.output)
     sys.exit(0 if report["passed"] else 1)
 
 

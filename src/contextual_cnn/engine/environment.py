@@ -1,5 +1,6 @@
 """What a run ran on, so that a figure can be judged later."""
 
+import json
 import platform
 import subprocess
 import sys
@@ -35,6 +36,15 @@ def environment() -> dict[str, Any]:
         "cpu": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
     }
+
+
+def print_report(report: dict[str, Any], output: Path | None) -> None:
+    """A script's findings as JSON, to the terminal and to a file if one is named."""
+    text = json.dumps(report, indent=2)
+    print(text)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text + "\n")
 
 
 def _git(*arguments: str) -> str | None:
