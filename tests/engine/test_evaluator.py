@@ -39,6 +39,18 @@ def test_uneven_batches_are_counted_as_one_pass_of_images():
         assert split[f"recall_stage{i}"] == pytest.approx(100 * sum(kept) / 9)
 
 
+def test_the_loss_is_finite_where_classes_have_been_dropped():
+    model = build_model(name="contextual_convnext_atto", num_classes=10, selection="reduce")
+    (batch,) = batches((40,))
+    report = evaluate({"raw": model}, [batch], 40, WORLD, contextlib.nullcontext())["raw"]
+    with torch.no_grad():
+        logits = model.eval()(batch.images)
+    kept = [b for b in range(40) if logits[b, batch.targets[b]] != -torch.inf]
+    assert 0 < len(kept) < 40
+    expected = torch.nn.functional.cross_entropy(logits[kept], batch.targets[kept]).item()
+    assert report["loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_an_image_lost_or_counted_twice_is_noticed():
     model = build_model(name="convnext_atto", num_classes=10)
     for sizes in ((4,), (4, 2)):

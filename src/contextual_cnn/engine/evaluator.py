@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from contextual_cnn.contracts import Batch, StagedScores
+from contextual_cnn.contracts import Batch, StagedScores, is_considered
 from contextual_cnn.distributed import World
 from contextual_cnn.engine.metrics import Sums, stage_hits, top_hits
 from contextual_cnn.models import ContextualConvNeXt
@@ -30,8 +30,8 @@ def evaluate(
         images: of the whole split.
 
     Returns:
-        By name: top1, top5, recall_stage1.. in percent, loss (cross-entropy of the final logits), images,
-        seconds and images_per_second of the whole pass.
+        By name: top1, top5, recall_stage1.. in percent, loss (cross-entropy of the final logits, over the images
+        whose class no stage has dropped), images, seconds and images_per_second of the whole pass.
 
     Raises:
         RuntimeError: the ranks together did not count exactly `images`.
@@ -48,7 +48,7 @@ def evaluate(
             logits = scores.logits[-1]
             sums[name].add(
                 images=len(batch.targets),
-                loss=F.cross_entropy(logits.float(), batch.targets, reduction="sum"),
+                **_loss(logits, batch.targets),
                 **top_hits(logits, batch.targets),
                 **stage_hits(scores, batch.targets),
             )
@@ -64,17 +64,24 @@ def staged_scores(model: nn.Module, images: torch.Tensor) -> StagedScores:
     return StagedScores.of(model(images, staged=True) if isinstance(model, ContextualConvNeXt) else model(images))
 
 
+def _loss(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sum and number of the losses that are not infinite because the class has been dropped."""
+    considered = is_considered(logits).gather(1, targets.unsqueeze(1)).squeeze(1)
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    return {"loss": losses.masked_fill(~considered, 0.0).sum(), "considered": considered.sum()}
+
+
 def _names(model: nn.Module) -> list[str]:
     """What is summed for a model; a rank may have no image at all."""
     shortlists = len(model.class_counts) if isinstance(model, ContextualConvNeXt) else 0
-    return ["images", "loss", "top1", "top5", *(f"recall_stage{i + 1}" for i in range(shortlists))]
+    return ["images", "loss", "considered", "top1", "top5", *(f"recall_stage{i + 1}" for i in range(shortlists))]
 
 
 def _report(total: dict[str, float], images: int, seconds: float) -> dict[str, float]:
     counted = int(total.pop("images"))
     if counted != images:
         raise RuntimeError(f"evaluation counted {counted} images of a split of {images}: a defect, please report it")
-    loss = total.pop("loss") / images
+    loss = total.pop("loss") / max(1.0, total.pop("considered"))
     shares = {name: 100 * count / images for name, count in total.items()}
     return shares | {
         "loss": loss,
