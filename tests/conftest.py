@@ -1,12 +1,7 @@
 """Real images and real commands for the tests."""
 
 import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is declared
-
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +12,11 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel of ours is declared
+
 ROOT = Path(__file__).parent.parent
+HAS_COMPILER = shutil.which("c++") is not None
 
 
 @pytest.fixture(scope="session")
