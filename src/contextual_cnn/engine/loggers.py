@@ -43,7 +43,7 @@ class JsonLinesLogger:
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
-        kept = [line for line in _lines(path) if line["step"] <= resumed_step] if resumed_step else []
+        kept = [line for line in read_metrics(path) if line["step"] <= resumed_step] if resumed_step else []
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(path)
@@ -156,11 +156,7 @@ def open_loggers(
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl; a last line cut short by a kill is passed over."""
-    return _lines(path)
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a line cut short by a kill is passed over."""
     if not path.exists():
         return []
     rows = []
