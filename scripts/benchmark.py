@@ -2,8 +2,9 @@
 
 python scripts/benchmark.py op|model|loss [--model tiny] [--batch-size 8] [--rounds 5] [--device cpu] [--output FILE]
 
-Prints JSON. The candidates take turns, round by round, so that a machine that slows down slows all of them; each
-figure is the median over the rounds, and the ratios are medians of the ratios within a round.
+Prints JSON. The candidates take turns, round by round, so that a machine that slows down slows all of them; a turn is
+as many calls as fit into a fifth of a second, at least one, and counts with its median. Each figure is the median over
+the rounds, and the ratios are medians of the ratios within a round.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from contextual_cnn.models import build_model
 from contextual_cnn.ops import contextual_conv2d
 from contextual_cnn.optim import build_optimizer
 
+TURN = 0.2  # seconds
 STAGES = {"stage 2": (192, 28), "stage 3": (384, 14), "stage 4": (768, 7)}  # of the tiny model: channels, side
 
 
@@ -66,18 +68,23 @@ def _time_layer(channels: int, side: int, arguments: argparse.Namespace) -> dict
     offsets = {"weight_offset": leaf(batch, channels, 7, 7), "sampling_offset": leaf(batch, 98, side, side)}
     upstream = torch.randn_like(x)
 
-    def contextual() -> torch.Tensor:
-        return contextual_conv2d(x, weight, bias, **offsets, padding=3)
+    def contextual(implementation: str = "auto") -> torch.Tensor:
+        return contextual_conv2d(x, weight, bias, **offsets, padding=3, implementation=implementation)
 
     forwards = {
         "contextual": contextual,
         "plain depthwise": lambda: torch.nn.functional.conv2d(x, weight, bias, padding=3, groups=channels),
-        "contextual, plain torch": _in_plain_torch(contextual),
+        "contextual, plain torch": lambda: contextual("torch"),
     }
     if arguments.released:
         forwards["torchvision, as released"] = _with_torchvision(contextual)
-    both = {name: lambda f=forward: f().backward(upstream) for name, forward in forwards.items()}
     given = [x, weight, bias, *offsets.values()]
+
+    def with_backward(forward: Callable[[], torch.Tensor]) -> Callable[[], object]:
+        # Gradients handed out, not added to those of the call before
+        return lambda: torch.autograd.grad(forward(), given, upstream, allow_unused=True)
+
+    both = {name: with_backward(forward) for name, forward in forwards.items()}
     return {
         "forward": compare(forwards, "contextual", arguments),
         "forward and backward": compare(both, "contextual", arguments),
@@ -87,7 +94,7 @@ def _time_layer(channels: int, side: int, arguments: argparse.Namespace) -> dict
     }
 
 
-def torchvision_conv(x, weight, offset, mask, geometry) -> torch.Tensor:
+def torchvision_conv(x, weight, offset, mask, geometry, implementation) -> torch.Tensor:
     """The released code's formulation of `sampled_conv2d`: every (sample, channel) is a group of its own."""
     batch, channels = x.shape[:2]
     y = deform_conv2d(
@@ -174,13 +181,16 @@ def compare(candidates: dict[str, Callable[[], object]], ours: str, arguments: a
 
 
 def _milliseconds(candidate: Callable[[], object], device: str) -> float:
-    if device != "cpu":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    candidate()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - started)
+    """One turn: the median of its calls."""
+    synchronize = torch.cuda.synchronize if device != "cpu" else lambda: None
+    times = []
+    while sum(times) < TURN:
+        synchronize()
+        started = time.perf_counter()
+        candidate()
+        synchronize()
+        times.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(times)
 
 
 def kept_for_backward(forward: Callable[[], object], given: list[torch.Tensor]) -> int:
@@ -195,14 +205,6 @@ def kept_for_backward(forward: Callable[[], object], given: list[torch.Tensor]) 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         forward()
     return sum(sizes.values()) - sum(sizes.get(tensor.untyped_storage().data_ptr(), 0) for tensor in given)
-
-
-def _in_plain_torch(candidate: Callable) -> Callable:
-    def run() -> object:
-        with mock.patch.dict("os.environ", CONTEXTUAL_CNN_OPS="torch"):
-            return candidate()
-
-    return run
 
 
 def _with_torchvision(candidate: Callable) -> Callable:

@@ -2,7 +2,8 @@
 
 python scripts/compile_kernels.py [--capability 90] [--output FILE]
 
-JSON: registers a thread, bytes spilled, bytes of shared memory, by kernel, type and stage of the tiny model.
+JSON, by kernel and type, as the tiny model calls it: registers a thread, bytes spilled, bytes of shared memory, and the
+instructions a thread executes once round the innermost loop.
 """
 
 import argparse
@@ -21,15 +22,13 @@ from contextual_cnn.ops import sampled_conv_triton as kernels
 
 TYPES = {"bfloat16": "*bf16", "float32": "*fp32"}
 POINTERS = {"gy", "x", "y", "gx"}  # in the model's type; all others are float32
-BLOCKS = {
-    "_forward_kernel": {"BLOCK_P": kernels._POSITIONS, "BLOCK_C": kernels._CHANNELS},
-    "_weight_offset_kernel": {"BLOCK_P": kernels._POSITIONS, "BLOCK_C": kernels._CHANNELS},
-    "_input_kernel": {
-        "BLOCK_Q": kernels._PIXELS,
-        "BLOCK_P": kernels._HAT_POSITIONS,
-        "BLOCK_C": kernels._CHANNELS,
-    },
+BLOCKS = kernels.BLOCKS
+KERNELS = {  # the constants that differ, and the warps
+    "_forward_kernel": ({"BLOCK_P": BLOCKS.positions}, BLOCKS.warps),
+    "_weight_offset_kernel": ({"BLOCK_P": BLOCKS.positions}, BLOCKS.warps),
+    "_input_kernel": ({"BLOCK_Q": BLOCKS.pixels, "BLOCK_P": BLOCKS.points}, BLOCKS.hat_warps),
 }
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # NVIDIA's, that come with Triton
 
 
 def main() -> None:
@@ -42,7 +41,7 @@ def main() -> None:
         "target": f"sm_{arguments.capability}",
         "kernels": [
             {"kernel": name.strip("_"), "type": type_name, **compile_kernel(name, type_name, arguments.capability)}
-            for name in BLOCKS
+            for name in KERNELS
             for type_name in TYPES
         ],
     }
@@ -52,7 +51,9 @@ def main() -> None:
 def compile_kernel(name: str, type_name: str, capability: int) -> dict:
     """One kernel as the model calls it: 7x7 taps, offsets, no mask."""
     function = getattr(kernels, name)
-    constants = {"K": 49, "KW": 7, **BLOCKS[name]}
+    blocks, warps = KERNELS[name]
+    chunks = 1 if name == "_input_kernel" and type_name == "float32" else BLOCKS.chunks
+    constants = {"K": 49, "KW": 7, "CHUNKS": chunks, "WHOLE": True, "BLOCK_C": BLOCKS.channels, **blocks}
     absent = [argument for argument in ("mask", "gmask") if argument in function.arg_names]
     signature = {}
     for argument in function.arg_names:
@@ -75,21 +76,40 @@ def compile_kernel(name: str, type_name: str, capability: int) -> dict:
         attrs={(positions[argument],): [["tt.divisibility", 16]] for argument in aligned},
     )
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": 4})
+    compiled = triton.compile(source, target=target, options={"num_warps": warps})
     return {**assembler_report(compiled.asm["ptx"], capability), "shared": compiled.metadata.shared}
 
 
 def assembler_report(ptx: str, capability: int) -> dict:
-    """Registers and spills, by NVIDIA's assembler that comes with Triton."""
-    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    """What NVIDIA's assembler makes of a kernel."""
     suffix = "a" if capability >= 90 else ""
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
+        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx)
-        command = [assembler, "-v", f"--gpu-name=sm_{capability}{suffix}", source, "-o", Path(folder, "kernel.cubin")]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        said = run(TOOLS / "ptxas", "-v", f"--gpu-name=sm_{capability}{suffix}", source, "-o", binary).stderr
+        listing = run(TOOLS / "cuobjdump", "-sass", binary).stdout
     stores, loads = (int(re.search(rf"(\d+) bytes spill {what}", said)[1]) for what in ("stores", "loads"))
-    return {"registers": int(re.search(r"Used (\d+) registers", said)[1]), "spilled": stores + loads}
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", said)[1]),
+        "spilled": stores + loads,
+        "loop_instructions": innermost_loop(listing),
+    }
+
+
+def innermost_loop(listing: str) -> int:
+    """Instructions from the target of a backward branch to the branch, of the shortest such loop."""
+    found = re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", listing)
+    instructions = [(int(match[1], 16), match[2]) for match in found]
+    spans = []
+    for address, text in instructions:
+        branch = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
+        if branch and int(branch[1], 16) < address:  # a branch to itself is the padding behind the end
+            spans.append(sum(int(branch[1], 16) <= at <= address for at, _ in instructions))
+    return min(spans)
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True, check=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from contextual_cnn.engine.environment import environment, print_report
 from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.models import build_model
 from contextual_cnn.ops import contextual_conv2d
-from contextual_cnn.ops.sampled_conv import implementation
+from contextual_cnn.ops.sampled_conv import choose
 from contextual_cnn.optim import build_optimizer
 
 STAGES = {"stage 2": (192, 28), "stage 3": (384, 14), "stage 4": (768, 7)}
@@ -44,7 +43,7 @@ def main() -> None:
         timed("twenty steps of training", lambda: training(arguments.device)),
     ]
     report = {
-        "implementation": implementation(arguments.device, torch.float32),
+        "implementation": choose("auto", torch.device(arguments.device).type, torch.float32),
         "environment": environment(),
         "passed": all(check["passed"] for check in checks),
         "checks": checks,
@@ -81,8 +80,7 @@ def compare_with_float64(channels: int, side: int, dtype: torch.dtype, spread: f
     ]
     upstream = torch.randn(2, channels, side, side, device=device).to(dtype)
     ours = layer(tensors, upstream)
-    with mock.patch.dict("os.environ", CONTEXTUAL_CNN_OPS="torch"):
-        exact = layer([tensor.double() for tensor in tensors], upstream.double())
+    exact = layer([tensor.double() for tensor in tensors], upstream.double(), "torch")
     errors = {
         name: ((found.double() - truth).norm() / truth.norm()).item()
         for name, found, truth in zip(
@@ -92,10 +90,11 @@ def compare_with_float64(channels: int, side: int, dtype: torch.dtype, spread: f
     return {"passed": max(errors.values()) < TOLERANCE[dtype], "relative_error": errors}
 
 
-def layer(tensors: list[Tensor], upstream: Tensor) -> list[Tensor]:
+def layer(tensors: list[Tensor], upstream: Tensor, implementation: str = "auto") -> list[Tensor]:
     """Output and gradients of one contextual convolution."""
     x, weight, weight_offset, sampling_offset = leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    y = contextual_conv2d(x, weight, weight_offset=weight_offset, sampling_offset=sampling_offset, padding=3)
+    offsets = dict(weight_offset=weight_offset, sampling_offset=sampling_offset)
+    y = contextual_conv2d(x, weight, **offsets, padding=3, implementation=implementation)
     return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
 
 
@@ -108,11 +107,16 @@ def determinism(device: str) -> dict:
 
 
 def compilation(device: str, training: bool) -> dict:
+    """Scores, and in training every parameter's gradient, of the compiled model against those of the plain one."""
     model = build_model(name="contextual_convnext_atto", num_classes=100, layer_scale=1.0).to(device).train(training)
     images = torch.randn(4, 3, 64, 64, device=device)
-    expected = model(images, staged=True).logits[-1]
-    found = torch.compile(model, fullgraph=True)(images, staged=True).logits[-1]
-    error = ((found - expected).norm() / expected.norm()).item()
+    results = []
+    for run in (model, torch.compile(model, fullgraph=True)):
+        scores = run(images, staged=True).logits
+        parameters = list(model.parameters()) if training else []
+        gradients = torch.autograd.grad(sum(s.square().sum() for s in scores), parameters) if training else ()
+        results.append(torch.cat([t.detach().flatten() for t in (*scores, *gradients)]))
+    error = ((results[1] - results[0]).norm() / results[0].norm()).item()
     return {"passed": error < 1e-2, "relative_error": error}
 
 

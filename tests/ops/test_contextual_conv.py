@@ -20,8 +20,7 @@ def implementation(request, monkeypatch):
     """Every identity holds for both implementations that a CPU has."""
     if request.param == "cpp" and not HAS_COMPILER:
         pytest.skip("no C++ compiler on this machine")
-    monkeypatch.setenv("CONTEXTUAL_CNN_OPS", "torch" if request.param == "torch" else "auto")
-    assert sampled_conv.implementation("cpu", torch.float64) == request.param
+    monkeypatch.setenv("CONTEXTUAL_CNN_OPS", request.param)
     return request.param
 
 
@@ -220,7 +219,7 @@ def test_the_operator_keeps_torchs_rules(absent):
     offset, mask = (None if name in absent else tensors[name].requires_grad_() for name in ("sampling_offset", "mask"))
     weight = (tensors["weight"].squeeze(1) + tensors["weight_offset"]).requires_grad_()
     torch.library.opcheck(
-        sampled_conv.kernel, (tensors["x"].requires_grad_(), weight, offset, mask, list(geometry.values()))
+        sampled_conv.kernel, (tensors["x"].requires_grad_(), weight, offset, mask, list(geometry.values()), "cpp")
     )
 
 
@@ -232,7 +231,7 @@ def test_the_operators_gradient_keeps_torchs_rules(absent, layout):
     weight = tensors["weight"].squeeze(1) + tensors["weight_offset"]
     x = tensors["x"].contiguous(memory_format=layout)
     upstream = torch.randn_like(call(tensors, geometry))
-    arguments = (upstream, x, weight, offset, mask, list(geometry.values()))
+    arguments = (upstream, x, weight, offset, mask, list(geometry.values()), "cpp")
     torch.library.opcheck(sampled_conv.kernel_backward, arguments)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
@@ -257,6 +256,20 @@ def test_an_unknown_implementation_is_refused(monkeypatch):
     monkeypatch.setenv("CONTEXTUAL_CNN_OPS", "fast")
     with pytest.raises(UserError, match="CONTEXTUAL_CNN_OPS=fast"):
         call(*example())
+    tensors, geometry = example()
+    with pytest.raises(UserError, match="implementation=quick"):
+        call(tensors, geometry | {"implementation": "quick"})
+
+
+def test_the_argument_outranks_the_environment(monkeypatch):
+    tensors, geometry = example()
+    expected = call(tensors, geometry)
+    monkeypatch.setenv("CONTEXTUAL_CNN_OPS", "triton")
+    with pytest.raises(UserError, match=r"triton kernels cannot compute torch\.float64"):
+        call(tensors, geometry)
+    torch.testing.assert_close(call(tensors, geometry | {"implementation": "torch"}), expected)
+    single = {name: tensor.float() for name, tensor in tensors.items()}
+    torch.testing.assert_close(call(single, geometry | {"implementation": "triton"}), expected.float())
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/c++", "false"])
@@ -266,7 +279,9 @@ def test_without_a_compiler_plain_torch_takes_over_with_one_line(monkeypatch, tm
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     sampled_conv_cpp.is_available.cache_clear()
     try:
-        assert [sampled_conv.implementation("cpu", torch.float32) for _ in range(2)] == ["torch", "torch"]
+        assert [sampled_conv.choose("auto", "cpu", torch.float32) for _ in range(2)] == ["torch", "torch"]
+        with pytest.raises(UserError, match="cpp kernels cannot"):
+            sampled_conv.choose("cpp", "cpu", torch.float32)
         warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
         assert [warning.split(" (")[0] for warning in warnings] == ["the C++ kernels could not be built"]
         assert not list(tmp_path.rglob("*.so"))

@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from contextual_cnn.ops import sampled_conv_triton
+from contextual_cnn.ops import contextual_conv2d, sampled_conv, sampled_conv_triton
 from tests import reference
 from tests.conftest import run_command
 
@@ -72,6 +74,48 @@ def test_forward_and_every_gradient(case):
         assert relative_error(ours, theirs) < 1e-6
 
 
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 2),
+    channels=st.sampled_from([1, 7, 64, 130]),
+    height=st.integers(1, 6),
+    width=st.integers(1, 9),
+    kernel=st.sampled_from([1, 3]),
+    stride=st.integers(1, 3),
+    dilation=st.integers(1, 2),
+    spread=st.sampled_from([0.0, 0.3, 4.0]),
+    with_mask=st.booleans(),
+)
+def test_drawn_shapes_through_the_public_op(batch, channels, height, width, kernel, stride, dilation, **drawn):
+    padding = dilation * (kernel // 2)
+    tensors, upstream, geometry = inputs(batch, channels, height, width, kernel, stride, padding, dilation, **drawn)
+    geometry = dict(zip(("stride", "padding", "dilation"), geometry, strict=True))
+    results = []
+    for implementation, dtype, device in (("triton", torch.float32, DEVICE), ("torch", torch.float64, "cpu")):
+        x, weight_offset, offset, mask = leaves = [
+            t.to(device, dtype).requires_grad_() if t is not None else None for t in tensors
+        ]
+        y = contextual_conv2d(
+            x,
+            torch.ones(channels, 1, kernel, kernel, dtype=dtype, device=device),
+            weight_offset=weight_offset,
+            sampling_offset=offset,
+            mask=mask,
+            implementation=implementation,
+            **geometry,
+        )
+        there = [leaf for leaf in leaves if leaf is not None]
+        results.append([y.detach(), *torch.autograd.grad(y, there, upstream.to(device, dtype))])
+    for ours, exact in zip(*results, strict=True):
+        assert (ours.cpu() - exact).norm() <= 1e-6 * exact.norm() + 1e-9
+
+
+def test_the_operator_keeps_torchs_rules():
+    (x, weight, offset, mask), _, geometry = inputs(*CASES["small"])
+    leaves = [tensor.to(DEVICE).requires_grad_() for tensor in (x, weight, offset, mask)]
+    torch.library.opcheck(sampled_conv.kernel, (*leaves, list(geometry), "triton"))
+
+
 def relative_error(ours, theirs):
     return ((ours.cpu().double() - theirs).norm() / theirs.norm().clamp(min=1e-9)).item()
 
@@ -92,5 +136,5 @@ def test_compiles_for_sm_90_without_spilling_registers():
     assert {kernel["kernel"] for kernel in kernels} == {"forward_kernel", "weight_offset_kernel", "input_kernel"}
     for kernel in kernels:
         assert kernel["spilled"] == 0, kernel
-        assert kernel["registers"] <= 200, kernel
+        assert kernel["registers"] <= 240, kernel  # eight warps of 255 would be all that a multiprocessor has
         assert kernel["shared"] <= 100_000, kernel

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 from torchvision.ops import deform_conv2d
 
-from contextual_cnn.ops.sampled_conv import sampled_conv2d
+from contextual_cnn.ops.sampled_conv import Implementation, sampled_conv2d
 
 
 def contextual_conv2d(
@@ -27,6 +27,7 @@ def contextual_conv2d(
     stride: int = 1,
     padding: int = 0,
     dilation: int = 1,
+    implementation: Implementation = "auto",
 ) -> Tensor:
     """Convolution whose weights and sampling positions may differ from sample to sample.
 
@@ -41,21 +42,23 @@ def contextual_conv2d(
         sampling_offset: (B, 2K, Ho, Wo), dp in pixels; channels 2k and 2k+1 are y and x of tap k. The gradient
             at whole pixels, where bilinear interpolation has a kink, is the right-hand one (as torchvision's).
         mask: (B, K, Ho, Wo), a factor per tap and position (released code; not in the paper).
+        implementation: who computes the sampled part; auto takes the fastest (sampled_conv.py).
 
     Returns:
         (B, C, Ho, Wo) or (B, O, Ho, Wo) in x's dtype.
 
     Raises:
         ValueError: shapes that do not belong together.
+        UserError: an implementation that is not to be had.
     """
     _check_shapes(x, weight, weight_offset, sampling_offset, mask, stride, padding, dilation)
     geometry = (stride, padding, dilation)
     compute = _depthwise if weight.shape[1] == 1 else _dense
-    y = compute(x, weight, weight_offset, sampling_offset, mask, geometry)
+    y = compute(x, weight, weight_offset, sampling_offset, mask, geometry, implementation)
     return y if bias is None else y + bias.to(y.dtype).view(1, -1, 1, 1)
 
 
-def _depthwise(x, weight, weight_offset, sampling_offset, mask, geometry) -> Tensor:
+def _depthwise(x, weight, weight_offset, sampling_offset, mask, geometry, implementation) -> Tensor:
     regular = sampling_offset is None and mask is None
     if regular and weight_offset is None:
         return conv2d(x, weight.to(x.dtype), None, *geometry, groups=x.shape[1])
@@ -64,10 +67,10 @@ def _depthwise(x, weight, weight_offset, sampling_offset, mask, geometry) -> Ten
     combined = combined + weight_offset if weight_offset is not None else combined.expand(len(x), -1, -1, -1)
     if regular:
         return _per_sample_conv2d(x, combined, *geometry)
-    return sampled_conv2d(x, combined, sampling_offset, mask, geometry)
+    return sampled_conv2d(x, combined, sampling_offset, mask, geometry, implementation)
 
 
-def _dense(x, weight, weight_offset, sampling_offset, mask, geometry) -> Tensor:
+def _dense(x, weight, weight_offset, sampling_offset, mask, geometry, implementation) -> Tensor:
     """The static part is one batched convolution; dw is the same for every output channel, so its part is one map.
 
     sum_{c,k} (w(o,c,k) + dw(c,k)) x(..) = sum_{c,k} w(o,c,k) x(..) + [sum_{c,k} dw(c,k) x(..), the same for every o]
@@ -87,7 +90,8 @@ def _dense(x, weight, weight_offset, sampling_offset, mask, geometry) -> Tensor:
     if weight_offset is None:
         return y
     nothing = weight_offset.new_zeros(x.shape[1], 1, *weight.shape[2:])
-    return y + _depthwise(x, nothing, weight_offset, sampling_offset, mask, geometry).sum(dim=1, keepdim=True)
+    thin = _depthwise(x, nothing, weight_offset, sampling_offset, mask, geometry, implementation)
+    return y + thin.sum(dim=1, keepdim=True)
 
 
 def _per_sample_conv2d(x: Tensor, combined: Tensor, stride: int, padding: int, dilation: int) -> Tensor:

@@ -15,8 +15,8 @@ def taps(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def taps_back(gradient: Tensor, like: Tensor) -> Tensor:
-    """(B, K, C) -> the shape and type of a (B, C, kh, kw) weight."""
-    return gradient.transpose(1, 2).reshape(like.shape).to(like.dtype)
+    """(B, K, C) -> the shape and type of a (B, C, kh, kw) weight, contiguous as its maker wants it."""
+    return gradient.transpose(1, 2).to(like.dtype).contiguous().view(like.shape)
 
 
 def map_back(gradient: Tensor, like: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ import logging
 import os
 from collections.abc import Sequence
 from functools import cache
-from typing import Literal
+from types import ModuleType
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,30 +28,69 @@ from contextual_cnn.ops import sampled_conv_cpp, sampled_conv_torch
 
 log = logging.getLogger(__name__)
 
-Implementation = Literal["cpp", "triton", "torch"]
+Implementation = Literal["auto", "cpp", "triton", "torch"]
 
 
 def sampled_conv2d(
-    x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | None, geometry: Sequence[int]
+    x: Tensor,
+    weight: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    geometry: Sequence[int],
+    implementation: Implementation = "auto",
 ) -> Tensor:
-    """Offset or mask, or both, must be there. Returns y, channels_last."""
-    if implementation(x.device.type, x.dtype) == "torch":
+    """Offset or mask, or both, must be there. Returns y, channels_last.
+
+    Args:
+        implementation: auto takes what CONTEXTUAL_CNN_OPS in the environment names, else the fastest there is.
+
+    Raises:
+        UserError: an implementation that does not exist, or cannot compute these tensors on this machine.
+    """
+    wanted = _wanted(implementation)
+    if choose(wanted, x.device.type, x.dtype) == "torch":
         return sampled_conv_torch.forward(x, weight, offset, mask, geometry)
-    return kernel(x, weight, offset, mask, geometry)
+    return kernel(x, weight, offset, mask, geometry, wanted)
 
 
 @torch.compiler.assume_constant_result
-def implementation(device_type: str, dtype: torch.dtype) -> Implementation:
-    """Who computes this type on this kind of device; CONTEXTUAL_CNN_OPS=torch in the environment means plain torch."""
-    wanted = os.environ.get("CONTEXTUAL_CNN_OPS", "auto")
-    if wanted not in ("auto", "torch"):
-        raise UserError(f"CONTEXTUAL_CNN_OPS={wanted} is not one of auto, torch", "unset it, the choice is automatic")
-    if wanted == "auto" and device_type == "cpu" and sampled_conv_cpp.is_available():
-        return "cpp"
-    # The Triton kernels add up in float32, which is not enough for float64
-    if wanted == "auto" and device_type == "cuda" and dtype != torch.float64 and _triton_is_available():
-        return "triton"
-    return "torch"
+def _wanted(implementation: str) -> str:
+    source = "implementation"
+    if implementation == "auto" and "CONTEXTUAL_CNN_OPS" in os.environ:
+        source, implementation = "CONTEXTUAL_CNN_OPS", os.environ["CONTEXTUAL_CNN_OPS"]
+    if implementation not in get_args(Implementation):
+        known = ", ".join(get_args(Implementation))
+        raise UserError(f"{source}={implementation} is not one of {known}", f"{source}=auto takes the fastest")
+    return implementation
+
+
+@torch.compiler.assume_constant_result
+def choose(wanted: str, device_type: str, dtype: torch.dtype) -> str:
+    """cpp, triton or torch: who computes this type on this kind of device.
+
+    Raises:
+        UserError: one was insisted on that cannot.
+    """
+    able = {
+        # The Triton kernels add up in float32, which is not enough for float64
+        "triton": lambda: _triton_runs_on(device_type) and dtype != torch.float64 and _triton_is_available(),
+        "cpp": lambda: device_type == "cpu" and sampled_conv_cpp.is_available(),
+        "torch": lambda: True,
+    }
+    if wanted == "auto":
+        # Triton's interpreter is for tests, which name it
+        order = ("triton", "torch") if device_type == "cuda" else ("cpp", "torch")
+        return next(name for name in order if able[name]())
+    if not able[wanted]():
+        raise UserError(
+            f"the {wanted} kernels cannot compute {dtype} on {device_type} here",
+            "CONTEXTUAL_CNN_OPS=auto, or unset, takes what can",
+        )
+    return wanted
+
+
+def _triton_runs_on(device_type: str) -> bool:
+    return device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache
@@ -63,60 +103,64 @@ def _triton_is_available() -> bool:
     return True
 
 
-@torch.library.custom_op("contextual_cnn::sampled_conv2d", mutates_args=(), device_types="cpu")
-def kernel(x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | None, geometry: Sequence[int]) -> Tensor:
-    """The operator, on a CPU."""
-    return sampled_conv_cpp.forward(x, weight, offset, mask, geometry)
+def _compiled(wanted: str, x: Tensor) -> ModuleType:
+    """The module with the kernels. Asked when they run, so that an exported program may run on another device."""
+    name = choose(wanted, x.device.type, x.dtype)
+    if name == "triton":
+        from contextual_cnn.ops import sampled_conv_triton  # only where it is used: importing Triton takes a second
+
+        return sampled_conv_triton
+    return {"cpp": sampled_conv_cpp, "torch": sampled_conv_torch}[name]
 
 
-@torch.library.custom_op("contextual_cnn::sampled_conv2d_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("contextual_cnn::sampled_conv2d", mutates_args=())
+def kernel(
+    x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | None, geometry: Sequence[int], wanted: str
+) -> Tensor:
+    """The operator. wanted: auto, cpp or triton."""
+    return _compiled(wanted, x).forward(x, weight, offset, mask, geometry)
+
+
+@torch.library.custom_op("contextual_cnn::sampled_conv2d_backward", mutates_args=())
 def kernel_backward(
-    gradient: Tensor, x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | None, geometry: Sequence[int]
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    geometry: Sequence[int],
+    wanted: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, offset and mask; an empty one for an offset or a mask that is not there."""
-    return sampled_conv_cpp.backward(gradient, x, weight, offset, mask, geometry)
-
-
-@kernel.register_kernel("cuda")
-def _(*arguments):
-    from contextual_cnn.ops import sampled_conv_triton  # only where there is a GPU: importing Triton takes a second
-
-    return sampled_conv_triton.forward(*arguments)
-
-
-@kernel_backward.register_kernel("cuda")
-def _(*arguments):
-    from contextual_cnn.ops import sampled_conv_triton
-
-    return sampled_conv_triton.backward(*arguments)
+    return _compiled(wanted, x).backward(gradient, x, weight, offset, mask, geometry)
 
 
 @kernel.register_fake
-def _(x, weight, offset, mask, geometry):
+def _(x, weight, offset, mask, geometry, wanted):
     like = offset if offset is not None else mask
     return _empty_channels_last(x, (*x.shape[:2], *like.shape[2:]))
 
 
 @kernel_backward.register_fake
-def _(gradient, x, weight, offset, mask, geometry):
-    tensors = (x, weight, offset, mask)
-    return tuple(_empty_channels_last(t, t.shape) if t is not None else x.new_empty(0) for t in tensors)
+def _(gradient, x, weight, offset, mask, geometry, wanted):
+    gx, *maps = (_empty_channels_last(t, t.shape) if t is not None else x.new_empty(0) for t in (x, offset, mask))
+    return gx, weight.new_empty(weight.shape), *maps
 
 
 def _empty_channels_last(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """All that the kernels give has channels innermost, whatever the layout of what they get."""
+    """All maps that the kernels give have channels innermost, whatever the layout of what they get."""
     return like.new_empty(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.geometry = inputs
+    *tensors, ctx.geometry, ctx.wanted = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx, gradient: Tensor):
     tensors = ctx.saved_tensors
-    gradients = kernel_backward(gradient, *tensors, ctx.geometry)
-    return *(g if t is not None else None for g, t in zip(gradients, tensors, strict=True)), None
+    gradients = kernel_backward(gradient, *tensors, ctx.geometry, ctx.wanted)
+    return *(g if t is not None else None for g, t in zip(gradients, tensors, strict=True)), None, None
 
 
 kernel.register_autograd(_differentiate, setup_context=_save)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from contextual_cnn.ops.layout import map_back, pixels, taps, taps_back
+from contextual_cnn.ops.layout import map_back, pixels
 
 log = logging.getLogger(__name__)
 
@@ -99,13 +99,14 @@ def backward(
     )
     return (
         map_back(gx, x),
-        taps_back(gw, weight),
+        gw.view_as(weight).to(weight.dtype),
         map_back(goffset, offset) if offset is not None else x.new_empty(0),
         map_back(gmask, mask) if mask is not None else x.new_empty(0),
     )
 
 
 def _inside(x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | None) -> tuple:
-    """The kernels' layout and type: x (B, H, W, C), weight (B, K, C), offset (B, P, K, 2), mask (B, P, K)."""
+    """The kernels' layout and type: x (B, H, W, C), weight (B, C, K), offset (B, P, K, 2), mask (B, P, K)."""
     exact = torch.promote_types(x.dtype, torch.float32)
-    return pixels(x, exact), taps(weight, exact), *(pixels(t, exact) if t is not None else None for t in (offset, mask))
+    maps = (pixels(t, exact) if t is not None else None for t in (offset, mask))
+    return pixels(x, exact), weight.to(exact).flatten(2).contiguous(), *maps

@@ -2,11 +2,14 @@
 
 Three kernels, all with channels innermost (channels_last):
 
-* forward: a block of positions and channels walks through the taps, four gathered pixels each;
-* gradients of weights, offsets and mask: a tap and a block of channels walk through the positions;
+* forward: a block of positions walks through the taps, four gathered pixels each;
+* gradients of weights, offsets and mask: a tap walks through the positions;
 * gradient of x: a block of pixels collects from all sampling points near it. Bilinear interpolation is a product of
   two hats, max(0, 1 - |distance|), so what the points of a tap give to the pixels is a matrix of hats times the
   upstream gradient: work for the tensor cores. Blocks of points whose rows cannot reach the pixels are skipped.
+
+Where a tap samples is the same for all channels, and working it out costs more than a channel's arithmetic. So a
+program serves several chunks of channels with one set of positions; a tuple holds a chunk's sum each.
 
 The hat is right for the gradient of x only: at whole pixels it has no one-sided slope (see sampled_conv_torch.py),
 so the offsets' gradient uses the floor form.
@@ -15,7 +18,9 @@ Shapes: x (B, H, W, C), w (B, K, C), offset (B, P, K, 2), mask (B, P, K), y (B, 
 Q = H W pixels.
 """
 
+# ruff: noqa: RUF005 - Triton's language has no unpacking into a tuple
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -24,158 +29,234 @@ from torch import Tensor
 
 from contextual_cnn.ops.layout import map_back, pixels, taps, taps_back
 
-_POSITIONS, _CHANNELS = 16, 64  # a block; measured nowhere yet, chosen for no register spills on sm_90
-_PIXELS = 64
-_HAT_POSITIONS = 64
+
+@dataclass(frozen=True)
+class Blocks:
+    """What one program works on. Timed nowhere yet: chosen for no register spills on sm_90 (scripts/tune_kernels.py).
+
+    positions, channels: of a block in the first two kernels. chunks: blocks of channels a program serves, at most.
+    pixels, points: of a matrix of hats. warps: of the first two kernels. hat_warps: of the third.
+    """
+
+    positions: int = 16
+    channels: int = 64
+    chunks: int = 3
+    warps: int = 4
+    pixels: int = 64
+    points: int = 64
+    hat_warps: int = 8
+
+
+BLOCKS = Blocks()
 
 
 @triton.jit
-def _sampling_points(
-    offset, b, p, k, in_range, P, out_width, stride, padding, dilation, K: tl.constexpr, KW: tl.constexpr
-):
-    """Row and column, in pixels, at which tap k of the positions p samples."""
-    y = (p // out_width * stride - padding + k // KW * dilation).to(tl.float32)
-    x = (p % out_width * stride - padding + k % KW * dilation).to(tl.float32)
+def _regular_points(p, out_width, stride, padding):
+    """Row and column, in pixels, of the first tap of the positions p, without offsets."""
+    # An integer division by a number that is not known when it is compiled takes forty instructions; half a position
+    # more keeps the product clear of whole rows, for maps of up to a million positions
+    row = tl.floor((p.to(tl.float32) + 0.5) * (1.0 / out_width))
+    column = p.to(tl.float32) - row * out_width
+    return row * stride - padding, column * stride - padding
+
+
+@triton.jit
+def _tap_points(row, column, offset, entry, in_range, k, dilation, KW: tl.constexpr):
+    """Row and column at which tap k samples; entry: index of (position, tap) within the sample."""
+    row += (k // KW * dilation).to(tl.float32)
+    column += (k % KW * dilation).to(tl.float32)
     if offset is not None:
-        at = offset + ((b * P + p) * K + k) * 2
-        y += tl.load(at, mask=in_range, other=0.0).to(tl.float32)
-        x += tl.load(at + 1, mask=in_range, other=0.0).to(tl.float32)
-    return y, x
+        row += tl.load(offset + entry * 2, mask=in_range, other=0.0)
+        column += tl.load(offset + entry * 2 + 1, mask=in_range, other=0.0)
+    return row, column
 
 
 @triton.jit
-def _corner(top, left, DOWN: tl.constexpr, RIGHT: tl.constexpr, H, W):
-    """Index of a corner pixel, and 1 where it is on the map, 0 (and index 0) where it is not."""
-    row, column = top + DOWN, left + RIGHT
-    inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
-    index = tl.where(inside, row * W + column, 0.0).to(tl.int32)
-    return index, inside.to(tl.float32)
+def _corners(row, column, amount, H, W):
+    """The four pixels around a sampling point.
+
+    Returns:
+        Their indices on the map; 1 for one on the map, 0 (and index 0) for one that is not; their bilinear weights
+        times amount; and how far down and right of the first one the point lies.
+    """
+    top, left = tl.floor(row), tl.floor(column)
+    down, right = row - top, column - left
+    indices, insides, weights = (), (), ()
+    for i in tl.static_range(4):
+        at_row, at_column = top + i // 2, left + i % 2
+        inside = (at_row >= 0) & (at_row < H) & (at_column >= 0) & (at_column < W)
+        by_row, by_column = down if i // 2 else 1 - down, right if i % 2 else 1 - right
+        indices = indices + (tl.where(inside, at_row * W + at_column, 0.0).to(tl.int32),)
+        insides = insides + (inside.to(tl.float32),)
+        weights = weights + (amount * by_row * by_column * inside.to(tl.float32),)
+    return indices, insides, weights, down, right
 
 
 @triton.jit
-def _gather(x, b, index, c, in_map, Q, C):
-    """(positions, channels) pixels of a sample, as float32."""
-    return tl.load(x + (b * Q + index)[:, None] * C + c[None, :], mask=in_map, other=0.0).to(tl.float32)
+def _rows(tensor, indices, c, C):
+    """Pointers to the channels c of four rows each; a chunk further is a constant further, free of arithmetic."""
+    pointers = ()
+    for i in tl.static_range(4):
+        pointers = pointers + (tensor + (indices[i] * C)[:, None] + c[None, :],)
+    return pointers
+
+
+@triton.jit
+def _load(pointers, c, C, WHOLE: tl.constexpr):
+    """As float32. WHOLE: there are no channels beyond C to leave out."""
+    return (tl.load(pointers) if WHOLE else tl.load(pointers, mask=(c < C)[None, :], other=0.0)).to(tl.float32)
+
+
+@triton.jit
+def _zeros(CHUNKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    zeros = ()
+    for _ in tl.static_range(CHUNKS):
+        zeros = zeros + (tl.zeros((ROWS, COLUMNS), tl.float32),)
+    return zeros
 
 
 @triton.jit
 def _forward_kernel(
     x, w, offset, mask, y, H, W, C, P, out_width, stride, padding, dilation,
-    K: tl.constexpr, KW: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    K: tl.constexpr, KW: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = tl.program_id(1) * CHUNKS * BLOCK_C + tl.arange(0, BLOCK_C)
     b = tl.program_id(2).to(tl.int64)
-    here = (p < P)[:, None] & (c < C)[None, :]
-    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    x, w, y = x + b * H * W * C, w + b * K * C, y + b * P * C
+    offset = offset + b * P * K * 2 if offset is not None else None
+    mask = mask + b * P * K if mask is not None else None
+    first_row, first_column = _regular_points(p, out_width, stride, padding)
+    totals = _zeros(CHUNKS, BLOCK_P, BLOCK_C)
     for k in range(K):
-        row, column = _sampling_points(offset, b, p, k, p < P, P, out_width, stride, padding, dilation, K, KW)
-        top, left = tl.floor(row), tl.floor(column)
-        down, right = row - top, column - left
-        amount = tl.load(mask + (b * P + p) * K + k, mask=p < P, other=0.0).to(tl.float32) if mask is not None else 1.0
-        i0, in0 = _corner(top, left, 0, 0, H, W)
-        i1, in1 = _corner(top, left, 0, 1, H, W)
-        i2, in2 = _corner(top, left, 1, 0, H, W)
-        i3, in3 = _corner(top, left, 1, 1, H, W)
-        sample = (amount * (1 - down) * (1 - right) * in0)[:, None] * _gather(x, b, i0, c, here, H * W, C)
-        sample += (amount * (1 - down) * right * in1)[:, None] * _gather(x, b, i1, c, here, H * W, C)
-        sample += (amount * down * (1 - right) * in2)[:, None] * _gather(x, b, i2, c, here, H * W, C)
-        sample += (amount * down * right * in3)[:, None] * _gather(x, b, i3, c, here, H * W, C)
-        total += sample * tl.load(w + (b * K + k) * C + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + (b * P + p)[:, None] * C + c[None, :], total.to(y.dtype.element_ty), mask=here)
+        row, column = _tap_points(first_row, first_column, offset, p * K + k, p < P, k, dilation, KW)
+        amount = tl.load(mask + p * K + k, mask=p < P, other=0.0) if mask is not None else 1.0
+        indices, _, weights, _, _ = _corners(row, column, amount, H, W)
+        corners = _rows(x, indices, first, C)
+        more = ()
+        for chunk in tl.static_range(CHUNKS):
+            c = first + chunk * BLOCK_C
+            sample = weights[0][:, None] * _load(corners[0] + chunk * BLOCK_C, c, C, WHOLE)
+            for i in tl.static_range(1, 4):
+                sample += weights[i][:, None] * _load(corners[i] + chunk * BLOCK_C, c, C, WHOLE)
+            more = more + (totals[chunk] + sample * tl.load(w + k * C + c, mask=c < C, other=0.0)[None, :],)
+        totals = more
+    for chunk in tl.static_range(CHUNKS):
+        c = first + chunk * BLOCK_C
+        here = (p < P)[:, None] & (c < C)[None, :]
+        tl.store(y + (p * C)[:, None] + c[None, :], totals[chunk].to(y.dtype.element_ty), mask=here)
 
 
 @triton.jit
 def _weight_offset_kernel(
     gy, x, w, offset, mask, gw, goffset, gmask, H, W, C, P, B, out_width, stride, padding, dilation,
-    K: tl.constexpr, KW: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    K: tl.constexpr, KW: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Each block of channels writes its own part of the offsets' and the mask's gradients, to be summed outside."""
+    """Each group of channels writes its own part of the offsets' and the mask's gradients, to be summed outside."""
     k = tl.program_id(0)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = tl.program_id(1) * CHUNKS * BLOCK_C + tl.arange(0, BLOCK_C)
     b = tl.program_id(2).to(tl.int64)
-    part = tl.program_id(1).to(tl.int64) * B + b
-    weight = tl.load(w + (b * K + k) * C + c, mask=c < C, other=0.0).to(tl.float32)
-    weight_gradient = tl.zeros((BLOCK_C,), tl.float32)
-    for first in range(0, P, BLOCK_P):
-        p = first + tl.arange(0, BLOCK_P)
-        here = (p < P)[:, None] & (c < C)[None, :]
-        row, column = _sampling_points(offset, b, p, k, p < P, P, out_width, stride, padding, dilation, K, KW)
-        top, left = tl.floor(row), tl.floor(column)
-        down, right = row - top, column - left
-        amount = tl.load(mask + (b * P + p) * K + k, mask=p < P, other=0.0).to(tl.float32) if mask is not None else 1.0
-        upstream = tl.load(gy + (b * P + p)[:, None] * C + c[None, :], mask=here, other=0.0).to(tl.float32)
-        weighted = upstream * weight[None, :]
-
-        index, inside = _corner(top, left, 0, 0, H, W)
-        pixels = _gather(x, b, index, c, here, H * W, C) * inside[:, None]
-        dot0 = tl.sum(weighted * pixels, axis=1)
-        sample = ((1 - down) * (1 - right))[:, None] * pixels
-        index, inside = _corner(top, left, 0, 1, H, W)
-        pixels = _gather(x, b, index, c, here, H * W, C) * inside[:, None]
-        dot1 = tl.sum(weighted * pixels, axis=1)
-        sample += ((1 - down) * right)[:, None] * pixels
-        index, inside = _corner(top, left, 1, 0, H, W)
-        pixels = _gather(x, b, index, c, here, H * W, C) * inside[:, None]
-        dot2 = tl.sum(weighted * pixels, axis=1)
-        sample += (down * (1 - right))[:, None] * pixels
-        index, inside = _corner(top, left, 1, 1, H, W)
-        pixels = _gather(x, b, index, c, here, H * W, C) * inside[:, None]
-        dot3 = tl.sum(weighted * pixels, axis=1)
-        sample += (down * right)[:, None] * pixels
-
+    part = (tl.program_id(1).to(tl.int64) * B + b) * P * K
+    gy, x, w, gw = gy + b * P * C, x + b * H * W * C, w + (b * K + k) * C, gw + (b * K + k) * C
+    offset = offset + b * P * K * 2 if offset is not None else None
+    mask = mask + b * P * K if mask is not None else None
+    sums = _zeros(CHUNKS, BLOCK_P, BLOCK_C)
+    for first_position in range(0, P, BLOCK_P):
+        p = first_position + tl.arange(0, BLOCK_P)
+        row, column = _regular_points(p, out_width, stride, padding)
+        row, column = _tap_points(row, column, offset, p * K + k, p < P, k, dilation, KW)
+        amount = tl.load(mask + p * K + k, mask=p < P, other=0.0) if mask is not None else 1.0
+        indices, insides, weights, down, right = _corners(row, column, amount, H, W)
+        corners = _rows(x, indices, first, C)
+        # Products of the upstream gradient with each corner, added up over the channels last of all
+        products = _zeros(4, BLOCK_P, BLOCK_C)
+        more = ()
+        for chunk in tl.static_range(CHUNKS):
+            c = first + chunk * BLOCK_C
+            here = (p < P)[:, None] if WHOLE else (p < P)[:, None] & (c < C)[None, :]
+            upstream = tl.load(gy + (p * C)[:, None] + c[None, :], mask=here, other=0.0).to(tl.float32)
+            weighted = upstream * tl.load(w + c, mask=c < C, other=0.0)[None, :]
+            sample = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+            more_products = ()
+            for i in tl.static_range(4):
+                corner = _load(corners[i] + chunk * BLOCK_C, c, C, WHOLE)
+                more_products = more_products + (products[i] + weighted * corner,)
+                sample += weights[i][:, None] * corner
+            products = more_products
+            more = more + (sums[chunk] + upstream * sample,)
+        sums = more
+        dot0, dot1 = insides[0] * tl.sum(products[0], axis=1), insides[1] * tl.sum(products[1], axis=1)
+        dot2, dot3 = insides[2] * tl.sum(products[2], axis=1), insides[3] * tl.sum(products[3], axis=1)
+        entry = part + p * K + k
         if mask is not None:
-            sample = sample * amount[:, None]
             bilinear = (1 - down) * ((1 - right) * dot0 + right * dot1) + down * ((1 - right) * dot2 + right * dot3)
-            tl.store(gmask + (part * P + p) * K + k, bilinear, mask=p < P)
-        weight_gradient += tl.sum(upstream * sample, axis=0)
+            tl.store(gmask + entry, bilinear, mask=p < P)
         if offset is not None:
-            at = goffset + ((part * P + p) * K + k) * 2
-            tl.store(at, amount * ((1 - right) * (dot2 - dot0) + right * (dot3 - dot1)), mask=p < P)
-            tl.store(at + 1, amount * ((1 - down) * (dot1 - dot0) + down * (dot3 - dot2)), mask=p < P)
-    tl.store(gw + (b * K + k) * C + c, weight_gradient, mask=c < C)
+            by_row = amount * ((1 - right) * (dot2 - dot0) + right * (dot3 - dot1))
+            by_column = amount * ((1 - down) * (dot1 - dot0) + down * (dot3 - dot2))
+            tl.store(goffset + entry * 2, by_row, mask=p < P)
+            tl.store(goffset + entry * 2 + 1, by_column, mask=p < P)
+    for chunk in tl.static_range(CHUNKS):
+        c = first + chunk * BLOCK_C
+        tl.store(gw + c, tl.sum(sums[chunk], axis=0), mask=c < C)
 
 
 @triton.jit
 def _input_kernel(
     gy, w, offset, mask, rows, gx, H, W, C, P, out_width, stride, padding, dilation, spans,
-    K: tl.constexpr, KW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    K: tl.constexpr, KW: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """rows: (B, K, spans, 2), first and last row that each block of positions samples at."""
     first_pixel = tl.program_id(0) * BLOCK_Q
     q = first_pixel + tl.arange(0, BLOCK_Q)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = tl.program_id(1) * CHUNKS * BLOCK_C + tl.arange(0, BLOCK_C)
     b = tl.program_id(2).to(tl.int64)
+    gy, w, gx, rows = gy + b * P * C, w + b * K * C, gx + b * H * W * C, rows + b * K * spans * 2
+    offset = offset + b * P * K * 2 if offset is not None else None
+    mask = mask + b * P * K if mask is not None else None
     first_row = (first_pixel // W).to(tl.float32)
     last_row = ((first_pixel + BLOCK_Q - 1) // W).to(tl.float32)
     pixel_row, pixel_column = (q // W).to(tl.float32), (q % W).to(tl.float32)
-    total = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
+    totals = _zeros(CHUNKS, BLOCK_Q, BLOCK_C)
     for k in range(K):
-        weight = tl.load(w + (b * K + k) * C + c, mask=c < C, other=0.0).to(tl.float32)
         for span in range(spans):
-            sampled = rows + ((b * K + k) * spans + span) * 2
+            sampled = rows + (k * spans + span) * 2
             if (tl.load(sampled) < last_row + 1) & (tl.load(sampled + 1) > first_row - 1):
                 p = span * BLOCK_P + tl.arange(0, BLOCK_P)
-                row, column = _sampling_points(offset, b, p, k, p < P, P, out_width, stride, padding, dilation, K, KW)
+                row, column = _regular_points(p, out_width, stride, padding)
+                row, column = _tap_points(row, column, offset, p * K + k, p < P, k, dilation, KW)
                 hats = tl.maximum(1 - tl.abs(row[None, :] - pixel_row[:, None]), 0.0)
                 hats *= tl.maximum(1 - tl.abs(column[None, :] - pixel_column[:, None]), 0.0)
                 if mask is not None:
-                    hats *= tl.load(mask + (b * P + p) * K + k, mask=p < P, other=0.0).to(tl.float32)[None, :]
-                here = (p < P)[:, None] & (c < C)[None, :]
-                upstream = tl.load(gy + (b * P + p)[:, None] * C + c[None, :], mask=here, other=0.0).to(tl.float32)
-                weighted = (upstream * weight[None, :]).to(gy.dtype.element_ty)
-                total += tl.dot(hats.to(gy.dtype.element_ty), weighted, input_precision="ieee")
-    there = (q < H * W)[:, None] & (c < C)[None, :]
-    tl.store(gx + (b * H * W + q)[:, None] * C + c[None, :], total.to(gx.dtype.element_ty), mask=there)
+                    hats *= tl.load(mask + p * K + k, mask=p < P, other=0.0)[None, :]
+                hats = hats.to(gy.dtype.element_ty)
+                more = ()
+                for chunk in tl.static_range(CHUNKS):
+                    c = first + chunk * BLOCK_C
+                    here = (p < P)[:, None] if WHOLE else (p < P)[:, None] & (c < C)[None, :]
+                    upstream = tl.load(gy + (p * C)[:, None] + c[None, :], mask=here, other=0.0)
+                    weight = tl.load(w + k * C + c, mask=c < C, other=0.0)[None, :]
+                    # Weighted behind the product, in float32: what goes into it is rounded to gy's type
+                    product = tl.dot(hats, upstream, input_precision="ieee")
+                    more = more + (totals[chunk] + product * weight,)
+                totals = more
+    for chunk in tl.static_range(CHUNKS):
+        c = first + chunk * BLOCK_C
+        there = (q < H * W)[:, None] & (c < C)[None, :]
+        tl.store(gx + (q * C)[:, None] + c[None, :], totals[chunk].to(gx.dtype.element_ty), mask=there)
 
 
 def forward(x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | None, geometry: Sequence[int]) -> Tensor:
     """As `sampled_conv.kernel`."""
     g = _Geometry(x, weight, offset, mask, geometry)
     y = x.new_empty(g.batch, *g.out, g.channels)
-    grid = (triton.cdiv(g.positions, _POSITIONS), g.channel_blocks, g.batch)
-    inside = _inside(x, weight, offset, mask)
-    _forward_kernel[grid](*inside, y, *g.sizes, **g.taps, BLOCK_P=_POSITIONS, BLOCK_C=_CHANNELS)
+    groups, constants = g.channel_groups(BLOCKS.chunks)
+    _forward_kernel[(triton.cdiv(g.positions, BLOCKS.positions), groups, g.batch)](
+        *_inside(x, weight, offset, mask), y, *g.sizes, **constants, BLOCK_P=BLOCKS.positions, num_warps=BLOCKS.warps
+    )
     return y.permute(0, 3, 1, 2)
 
 
@@ -185,29 +266,39 @@ def backward(
     """As `sampled_conv.kernel_backward`."""
     g = _Geometry(x, weight, offset, mask, geometry)
     gy, inside = pixels(gradient, x.dtype), _inside(x, weight, offset, mask)
-    x_, w_, offset_, mask_ = inside
-    gw = torch.empty_like(w_)
-    parts = (g.channel_blocks, g.batch, g.positions, g.kernel)
-    goffset = gw.new_empty(*parts, 2) if offset is not None else None
-    gmask = gw.new_empty(parts) if mask is not None else None
-    grid = (g.kernel, g.channel_blocks, g.batch)
-    _weight_offset_kernel[grid](
-        gy, *inside, gw, goffset, gmask, *g.sizes[:4], g.batch, *g.sizes[4:], **g.taps,
-        BLOCK_P=_POSITIONS, BLOCK_C=_CHANNELS,
-    )  # fmt: skip
-    gx = torch.empty_like(x_)
-    grid = (triton.cdiv(x_.shape[1] * x_.shape[2], _PIXELS), g.channel_blocks, g.batch)
-    rows = _sampled_rows(offset_, g)
-    _input_kernel[grid](
-        gy, w_, offset_, mask_, rows, gx, *g.sizes, rows.shape[2], **g.taps,
-        BLOCK_Q=_PIXELS, BLOCK_P=_HAT_POSITIONS, BLOCK_C=_CHANNELS,
-    )  # fmt: skip
+    gw, goffset, gmask = _weight_offset_gradients(g, gy, inside)
     return (
-        map_back(gx, x),
+        map_back(_input_gradient(g, gy, inside), x),
         taps_back(gw, weight),
         map_back(goffset.sum(dim=0), offset) if offset is not None else x.new_empty(0),
         map_back(gmask.sum(dim=0), mask) if mask is not None else x.new_empty(0),
     )
+
+
+def _weight_offset_gradients(g: "_Geometry", gy: Tensor, inside: tuple) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Of w; and of offset and mask in parts, one for each group of channels."""
+    _, w, offset, mask = inside
+    groups, constants = g.channel_groups(BLOCKS.chunks)
+    gw, parts = torch.empty_like(w), (groups, g.batch, g.positions, g.kernel)
+    goffset = gw.new_empty(*parts, 2) if offset is not None else None
+    gmask = gw.new_empty(parts) if mask is not None else None
+    _weight_offset_kernel[(g.kernel, groups, g.batch)](
+        gy, *inside, gw, goffset, gmask, *g.sizes[:4], g.batch, *g.sizes[4:], **constants,
+        BLOCK_P=BLOCKS.positions, num_warps=BLOCKS.warps,
+    )  # fmt: skip
+    return gw, goffset, gmask
+
+
+def _input_gradient(g: "_Geometry", gy: Tensor, inside: tuple) -> Tensor:
+    x, w, offset, mask = inside
+    gx, rows = torch.empty_like(x), _sampled_rows(offset, g)
+    # A float32 product takes as many registers as there are for one chunk
+    groups, constants = g.channel_groups(BLOCKS.chunks if x.element_size() == 2 else 1)
+    _input_kernel[(triton.cdiv(x.shape[1] * x.shape[2], BLOCKS.pixels), groups, g.batch)](
+        gy, w, offset, mask, rows, gx, *g.sizes, rows.shape[2], **constants,
+        BLOCK_Q=BLOCKS.pixels, BLOCK_P=BLOCKS.points, num_warps=BLOCKS.hat_warps,
+    )  # fmt: skip
+    return gx
 
 
 class _Geometry:
@@ -219,11 +310,22 @@ class _Geometry:
         self.batch, self.channels, height, width = x.shape
         self.out = tuple(like.shape[2:])
         self.positions = self.out[0] * self.out[1]
-        self.kernel = weight.shape[2] * weight.shape[3]
-        self.channel_blocks = triton.cdiv(self.channels, _CHANNELS)
+        self.kernel, self.kernel_width = weight.shape[2] * weight.shape[3], weight.shape[3]
         self.sizes = (height, width, self.channels, self.positions, self.out[1], *geometry)
-        self.taps = {"K": self.kernel, "KW": weight.shape[3]}
         self.stride, self.padding, self.dilation = geometry
+
+    def channel_groups(self, chunks: int) -> tuple[int, dict]:
+        """How many programs share the channels if one takes at most `chunks` blocks, and the constants that follow."""
+        blocks = triton.cdiv(self.channels, BLOCKS.channels)
+        chunks = min(blocks, chunks)
+        constants = {
+            "K": self.kernel,
+            "KW": self.kernel_width,
+            "CHUNKS": chunks,
+            "WHOLE": self.channels % (chunks * BLOCKS.channels) == 0,
+            "BLOCK_C": BLOCKS.channels,
+        }
+        return triton.cdiv(blocks, chunks), constants
 
 
 def _inside(x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | None) -> tuple:
@@ -238,13 +340,12 @@ def _inside(x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | Non
 
 def _sampled_rows(offset: Tensor | None, g: _Geometry) -> Tensor:
     """First and last row at which each tap's blocks of positions sample: (B, K, spans, 2) float32."""
-    device = offset.device if offset is not None else g.device
-    positions, taps_ = torch.arange(g.positions, device=device), torch.arange(g.kernel, device=device)
-    rows = (positions // g.out[1] * g.stride - g.padding)[:, None] + taps_ // g.taps["KW"] * g.dilation  # (P, K)
+    positions, taps_ = torch.arange(g.positions, device=g.device), torch.arange(g.kernel, device=g.device)
+    rows = (positions // g.out[1] * g.stride - g.padding)[:, None] + taps_ // g.kernel_width * g.dilation  # (P, K)
     rows = rows.to(torch.float32).expand(g.batch, -1, -1)
     if offset is not None:
         rows = rows + offset.view(g.batch, g.positions, g.kernel, 2)[..., 0]
-    spans = triton.cdiv(g.positions, _HAT_POSITIONS)
-    missing = spans * _HAT_POSITIONS - g.positions
-    blocks = torch.cat([rows, rows[:, -1:].expand(-1, missing, -1)], dim=1).unflatten(1, (spans, _HAT_POSITIONS))
+    spans = triton.cdiv(g.positions, BLOCKS.points)
+    missing = spans * BLOCKS.points - g.positions
+    blocks = torch.cat([rows, rows[:, -1:].expand(-1, missing, -1)], dim=1).unflatten(1, (spans, BLOCKS.points))
     return torch.stack([blocks.amin(dim=2), blocks.amax(dim=2)], dim=-1).transpose(1, 2).contiguous()

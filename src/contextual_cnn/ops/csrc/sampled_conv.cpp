@@ -5,12 +5,14 @@
 // Channels are innermost everywhere (channels_last): a sampling position is worked out once and serves all channels,
 // and the loops over channels are the ones that the compiler vectorises. Threads share no output, so there are no atomics.
 //
-// Shapes: x (B, H, W, C), w (B, K, C), offset (B, P, K, 2), mask (B, P, K), y (B, P, C); P = Ho Wo positions.
+// Weights come as the model makes them, channels outermost; each thread turns those that it works with, in its cache.
+//
+// Shapes: x (B, H, W, C), w (B, C, K), offset (B, P, K, 2), mask (B, P, K), y (B, P, C); P = Ho Wo positions.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros_like.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -59,13 +61,22 @@ void for_each_tap(const Geometry& g, int64_t position, const T* offset, What wha
                           column + T(kx * g.dilation) + (offset ? offset[2 * tap + 1] : T(0))));
 }
 
+// (rows, columns) -> (columns, rows)
+template <typename T>
+void transpose(const T* from, int64_t rows, int64_t columns, T* to) {
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t column = 0; column < columns; ++column) to[column * rows + row] = from[row * columns + column];
+}
+
 template <typename T>
 void forward(const Geometry& g, int64_t batch, const T* x, const T* w, const T* offset, const T* mask, T* y) {
   const int64_t P = g.positions(), K = g.taps(), C = g.channels;
   at::parallel_for(0, batch * P, 1, [&](int64_t begin, int64_t end) {
     const std::vector<T> zeros(C);
+    std::vector<T> weights(K * C);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / P, p = i % P;
+      if (i == begin || p == 0) transpose(w + b * C * K, C, K, weights.data());
       const T* map = x + b * g.height * g.width * C;
       T* out = y + i * C;
       std::fill(out, out + C, T(0));
@@ -74,7 +85,7 @@ void forward(const Geometry& g, int64_t batch, const T* x, const T* w, const T* 
         const T a0 = amount * at.weight[0], a1 = amount * at.weight[1], a2 = amount * at.weight[2], a3 = amount * at.weight[3];
         const T* v[4];
         for (int corner = 0; corner < 4; ++corner) v[corner] = at.pixel[corner] < 0 ? zeros.data() : map + at.pixel[corner] * C;
-        const T *v0 = v[0], *v1 = v[1], *v2 = v[2], *v3 = v[3], *weight = w + (b * K + k) * C;
+        const T *v0 = v[0], *v1 = v[1], *v2 = v[2], *v3 = v[3], *weight = weights.data() + k * C;
 #pragma GCC ivdep
         for (int64_t c = 0; c < C; ++c) out[c] += weight[c] * (a0 * v0[c] + a1 * v1[c] + a2 * v2[c] + a3 * v3[c]);
       });
@@ -87,13 +98,16 @@ void forward(const Geometry& g, int64_t batch, const T* x, const T* w, const T* 
 template <typename T>
 void backward_range(const Geometry& g, int64_t first, int64_t last, const T* gy, const T* x, const T* w, const T* offset,
                     const T* mask, T* gx, T* gw, T* goffset, T* gmask) {
-  const int64_t K = g.taps(), C = g.channels;
+  const int64_t K = g.taps(), C = g.channels, width = last - first;
+  std::vector<T> weights(K * width), gweights(K * width);
+  transpose(w + first * K, width, K, weights.data());
+  for (int64_t pixel = 0; pixel < g.height * g.width; ++pixel) std::fill_n(gx + pixel * C + first, width, T(0));
   // What a pixel off the map is read from and what its gradient is written to. The four gradients of one sample are
   // written in one loop, so no two of them may share memory that matters.
-  const std::vector<T> zeros(C);
-  std::vector<T> nowhere(C);
+  const std::vector<T> zeros(width);
+  std::vector<T> nowhere(width);
   for (int64_t p = 0; p < g.positions(); ++p) {
-    const T* out = gy + p * C;
+    const T* out = gy + p * C + first;
     for_each_tap<T>(g, p, offset ? offset + p * K * 2 : nullptr, [&](int64_t k, const Sample<T>& at) {
       const T amount = mask ? mask[p * K + k] : T(1);
       const T a0 = amount * at.weight[0], a1 = amount * at.weight[1], a2 = amount * at.weight[2], a3 = amount * at.weight[3];
@@ -101,14 +115,14 @@ void backward_range(const Geometry& g, int64_t first, int64_t last, const T* gy,
       T* gv[4];
       for (int corner = 0; corner < 4; ++corner) {
         const int64_t pixel = at.pixel[corner];
-        v[corner] = pixel < 0 ? zeros.data() : x + pixel * C;
-        gv[corner] = pixel < 0 ? nowhere.data() : gx + pixel * C;
+        v[corner] = pixel < 0 ? zeros.data() : x + pixel * C + first;
+        gv[corner] = pixel < 0 ? nowhere.data() : gx + pixel * C + first;
       }
-      const T *v0 = v[0], *v1 = v[1], *v2 = v[2], *v3 = v[3], *weight = w + k * C;
-      T *gv0 = gv[0], *gv1 = gv[1], *gv2 = gv[2], *gv3 = gv[3], *gweight = gw + k * C;
+      const T *v0 = v[0], *v1 = v[1], *v2 = v[2], *v3 = v[3], *weight = weights.data() + k * width;
+      T *gv0 = gv[0], *gv1 = gv[1], *gv2 = gv[2], *gv3 = gv[3], *gweight = gweights.data() + k * width;
       T dot0 = 0, dot1 = 0, dot2 = 0, dot3 = 0;  // of the upstream gradient with each corner's pixel
 #pragma omp simd reduction(+ : dot0, dot1, dot2, dot3)
-      for (int64_t c = first; c < last; ++c) {
+      for (int64_t c = 0; c < width; ++c) {
         const T upstream = out[c], weighted = upstream * weight[c];
         dot0 += weighted * v0[c];
         dot1 += weighted * v1[c];
@@ -127,6 +141,7 @@ void backward_range(const Geometry& g, int64_t first, int64_t last, const T* gy,
       if (gmask) gmask[p * K + k] = at.weight[0] * dot0 + at.weight[1] * dot1 + at.weight[2] * dot2 + at.weight[3] * dot3;
     });
   }
+  transpose(gweights.data(), K, width, gw + first * K);
 }
 
 // Adds up the copies that the ranges of channels wrote.
@@ -160,9 +175,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sampled_conv2d_backwa
   const int64_t batch = x.size(0), P = g.positions(), K = g.taps(), C = g.channels, pixels = g.height * g.width;
   // A sample is one piece of work; with fewer samples than threads it is cut into ranges of channels
   const int64_t wanted = batch > 0 ? (at::get_num_threads() + batch - 1) / batch : 1;
-  const int64_t ranges = std::max<int64_t>(1, std::min(wanted, C / 32));
-  const int64_t width = (C + ranges - 1) / ranges;
-  auto gx = at::zeros_like(x), gw = at::zeros_like(w);
+  const int64_t most = std::max<int64_t>(1, std::min(wanted, C / 32));
+  const int64_t width = (C + most - 1) / most, ranges = (C + width - 1) / width;
+  auto gx = at::empty_like(x), gw = at::empty_like(w);  // each thread fills its own
   auto goffset = at::empty({offset ? ranges : 0, batch, P, K, 2}, x.options());
   auto gmask = at::empty({mask ? ranges : 0, batch, P, K}, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "sampled_conv2d_backward", [&] {

@@ -1,0 +1,44 @@
+"""The scripts that measure: small, but the real thing, from the command line to the JSON."""
+
+import json
+
+import pytest
+
+from tests.conftest import HAS_COMPILER, run_command
+
+
+def report(*command, **options):
+    done = run_command(*command, **options)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_benchmark_of_a_model_times_it_beside_its_twin_and_the_released_formulation():
+    size = ("--model", "atto", "--image-size", "32", "--batch-size", "2", "--rounds", "1")
+    found = report("scripts/benchmark.py", "model", *size, "--released")["results"]
+    for what in ("training step", "inference"):
+        assert set(found[what]["milliseconds"]) == {"contextual_convnext_atto", "convnext_atto", "as released"}
+        assert min(found[what]["milliseconds"].values()) > 0
+
+
+def test_the_benchmark_of_the_loss_times_both_kinds_of_targets():
+    found = report("scripts/benchmark.py", "loss", "--batch-size", "2", "--rounds", "1")["results"]
+    assert set(found["milliseconds"]) == {"soft targets", "hard targets"}
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="inductor needs a C++ compiler")
+def test_the_gpu_check_passes_on_a_cpu():
+    """Among others: inductor compiles the whole model without a graph break, and its gradients are the plain ones."""
+    found = report("scripts/gpu_check.py", "--device", "cpu", "--quick", timeout=580)
+    assert found["passed"]
+    assert {"compiles whole, training", "compiles whole, evaluation"} <= {check["check"] for check in found["checks"]}
+
+
+def test_the_kernels_can_be_tuned():
+    found = report(
+        "scripts/tune_kernels.py", *("--device", "cpu", "--quick", "--rounds", "1", "--batch-size", "1"),
+        TRITON_INTERPRET="1",
+    )  # fmt: skip
+    (layer,) = found["milliseconds"].values()
+    assert set(layer) == {"forward", "gradients of weights and offsets", "gradient of x"}
+    assert all(time > 0 for choices in layer.values() for time in choices.values())
