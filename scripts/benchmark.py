@@ -1,6 +1,6 @@
 """Times the contextual convolution, a training step and the loss, each beside what it is compared with, in one run.
 
-python scripts/benchmark.py op|model|loss [--model tiny] [--batch-size 8] [--rounds 5] [--device cpu] [--output FILE]
+python scripts/benchmark.py op|model|loss|table1 [--model tiny] [--batch-size 8] [--device cpu] [--output FILE]
 
 Prints JSON. The candidates take turns, round by round, so that a machine that slows down slows all of them; a turn is
 as many calls as fit into a fifth of a second, at least one, and counts with its median. Each figure is the median over
@@ -16,6 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from describe_model import describe_family
 from torchvision.ops import deform_conv2d
 
 from contextual_cnn.contracts import StagedScores
@@ -31,7 +32,7 @@ STAGES = {"stage 2": (192, 28), "stage 3": (384, 14), "stage 4": (768, 7)}  # of
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["op", "model", "loss"])
+    parser.add_argument("what", choices=["op", "model", "loss", "table1"])
     parser.add_argument("--model", default="tiny", choices=["atto", "tiny", "small", "base"])
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--image-size", type=int, default=224)
@@ -43,7 +44,8 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    results = {"op": benchmark_op, "model": benchmark_model, "loss": benchmark_loss}[arguments.what](arguments)
+    benchmarks = {"op": benchmark_op, "model": benchmark_model, "loss": benchmark_loss, "table1": benchmark_table1}
+    results = benchmarks[arguments.what](arguments)
     report = {
         "settings": {k: str(v) for k, v in vars(arguments).items()},
         "environment": environment(),
@@ -162,6 +164,16 @@ def benchmark_loss(arguments: argparse.Namespace) -> dict:
         "hard targets": lambda: loss(StagedScores(logits), hard).total.backward(),
     }
     return compare(candidates, "soft targets", arguments)
+
+
+def benchmark_table1(arguments: argparse.Namespace) -> list[dict]:
+    """The rows of the paper's table 1 of one size: what a model costs, and inference beside twin and peers."""
+    twin = f"convnext_{arguments.model}"
+    rows = describe_family(twin, argparse.Namespace(image_size=arguments.image_size, num_classes=1000))
+    inferences = {row["model"]: _training_and_inference(row["model"], arguments)[1] for row in rows}
+    times = compare(inferences, f"contextual_{twin}", arguments)["milliseconds"]
+    speeds = {name: round(1e3 * arguments.batch_size / time, 1) for name, time in times.items()}
+    return [{**row, "images_per_second": speeds[row["model"]]} for row in rows]
 
 
 def compare(candidates: dict[str, Callable[[], object]], ours: str, arguments: argparse.Namespace) -> dict:

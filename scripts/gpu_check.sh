@@ -28,6 +28,7 @@ first_batch=${batch_sizes%% *}
 run "op-b$first_batch" scripts/benchmark.py op --batch-size "$first_batch" --rounds 20
 run "model-tiny-b$first_batch" scripts/benchmark.py model --model tiny --batch-size "$first_batch" --compile --rounds 20
 run loss scripts/benchmark.py loss --batch-size "$first_batch" --rounds 20
+run "table1-tiny-b$first_batch" scripts/benchmark.py table1 --model tiny --batch-size "$first_batch" --compile --rounds 10
 for model in small base; do
     run "model-$model-b$first_batch" scripts/benchmark.py model --model "$model" --batch-size "$first_batch" --compile --rounds 10
 done

@@ -53,8 +53,24 @@ def test_every_yaml_composes_and_builds(group, name):
     CheckpointStore(Path(), **config["checkpoint"])
     model = build_model(**config["model"] | {"num_classes": 10})
     optimizer = build_optimizer(model, **config["optimizer"])
-    build_schedule(optimizer, 10, **config["schedule"]).step_update(3)
+    schedule = build_schedule(optimizer, 10, **config["schedule"])
     assert StagedScores.of(model(torch.zeros(2, 3, 32, 32))).logits[-1].shape == (2, 10)
+    if group == "experiment":
+        train_two_steps(model, StagedCrossEntropy(**config["loss"]), optimizer, schedule)
+
+
+def train_two_steps(model, loss, optimizer, schedule):
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for step in (1, 2):  # of step 0 the learning rate is 0
+        schedule.step_update(step)
+        total = loss(StagedScores.of(model(torch.randn(2, 3, 32, 32))), torch.tensor([0, 1])).total
+        assert total.isfinite()
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    after = list(model.parameters())
+    assert all(parameter.isfinite().all() for parameter in after)
+    assert any((a != b).any() for a, b in zip(after, before, strict=True))
 
 
 def test_the_default_is_the_papers_recipe():

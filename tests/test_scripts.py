@@ -21,6 +21,14 @@ def test_the_benchmark_of_a_model_times_it_beside_its_twin_and_the_released_form
         assert min(found[what]["milliseconds"].values()) > 0
 
 
+def test_table_1_has_the_twin_and_the_contextual_model_side_by_side():
+    size = ("--model", "atto", "--image-size", "32", "--batch-size", "2", "--rounds", "1")
+    rows = report("scripts/benchmark.py", "table1", *size)["results"]
+    assert [row["model"] for row in rows] == ["convnext_atto", "contextual_convnext_atto"]
+    assert rows[0]["macs"] < rows[1]["macs"]
+    assert all(row["images_per_second"] > 0 for row in rows)
+
+
 def test_the_benchmark_of_the_loss_times_both_kinds_of_targets():
     found = report("scripts/benchmark.py", "loss", "--batch-size", "2", "--rounds", "1")["results"]
     assert set(found["milliseconds"]) == {"soft targets", "hard targets"}

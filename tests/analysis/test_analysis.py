@@ -1,5 +1,7 @@
 """What is counted and drawn."""
 
+from functools import partial
+
 import pytest
 import timm
 from PIL import Image
@@ -36,6 +38,23 @@ def test_a_contextual_model_costs_its_twin_plus_what_the_definition_adds():
     assert cost.interpolation == 4 * samples
     assert cost.per_batch == 3 * 1000 * context * 128
     assert cost.macs == pytest.approx(plain - head + generators + stages + mergings, rel=1e-3)
+
+
+def test_the_dense_form_costs_its_twin_plus_generators_and_one_thin_map():
+    """By hand, for ResNet-50 with one contextual stage: three blocks of 512 channels, the first of stride 2."""
+    build = partial(build_model, name="contextual_resnet50", num_classes=1000)
+    plain, deformable, weight, both = (
+        count_cost(build(contextual_stages=[4], convolution=kind))
+        for kind in ("plain", "deformable", "weight_offsets", "contextual")
+    )
+    assert plain.macs == pytest.approx(4.089e9, rel=1e-3)
+    samples = 3 * 512 * 7 * 7 * 9
+    assert deformable.macs - plain.macs == 3 * 27 * 512 * 9 * 7 * 7
+    assert deformable.interpolation == both.interpolation == 4 * samples
+    sides = (14, 7, 7)  # of the maps that the 1x1 convolutions see
+    sampling = sum(18 * (512 * side**2 + 256 + 9 * 7 * 7) for side in sides)
+    assert both.macs - weight.macs == sampling
+    assert weight.interpolation == 0
 
 
 def test_curves_are_drawn_from_whatever_rows_there_are(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from contextual_cnn.models.contextual_conv import ContextualConv2d
+from contextual_cnn.models.contextual_conv import ContextualConv2d, DeformableConv2d
 
 
 class Cost(NamedTuple):
@@ -34,19 +34,28 @@ def count_cost(model: nn.Module, image_size: int = 224) -> Cost:
 
 
 def _run(model: nn.Module, batch_size: int, image_size: int) -> tuple[int, int]:
-    """Multiply-adds, and samples taken by contextual convolutions: (output number, tap) pairs."""
-    samples = 0
+    """Multiply-adds, and bilinear samples taken by convolutions with sampling offsets."""
+    macs = samples = 0
 
-    def count_samples(module: ContextualConv2d, _: tuple, output: Tensor) -> None:
-        nonlocal samples
-        samples += output.numel() * module.weight[0].numel()
+    def count(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        nonlocal macs, samples
+        taken = inputs[0].shape[1] * module.weight[0, 0].numel() * output[:, 0].numel()  # channels, taps, positions
+        dense = module.weight.shape[1] > 1
+        macs += taken * (len(module.weight) if dense else 1)
+        macs += taken if dense and getattr(module, "weight_offset", None) is not None else 0
+        samples += taken
 
-    modules = [module for module in model.modules() if isinstance(module, ContextualConv2d)]
-    handles = [module.register_forward_hook(count_samples) for module in modules]
+    handles = [module.register_forward_hook(count) for module in model.modules() if _samples_bilinearly(module)]
     counter = FlopCounterMode(display=False)
     with counter:  # gradients stay on: the counter hooks into the graph of parameters that are passed as inputs
         model(torch.zeros(batch_size, 3, image_size, image_size))
     for handle in handles:
         handle.remove()
-    # The counter sees nothing of the op itself, neither embedding_bag nor an elementwise product
-    return counter.get_total_flops() // 2 + samples, samples
+    # The counter sees nothing of the sampled convolution itself, whichever its implementation
+    return counter.get_total_flops() // 2 + macs, samples
+
+
+def _samples_bilinearly(module: nn.Module) -> bool:
+    return isinstance(module, DeformableConv2d) or (
+        isinstance(module, ContextualConv2d) and (module.sampling_offset is not None or module.mask is not None)
+    )

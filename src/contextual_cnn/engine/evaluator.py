@@ -11,7 +11,7 @@ from torch import nn
 from contextual_cnn.contracts import Batch, StagedScores, is_considered
 from contextual_cnn.distributed import World
 from contextual_cnn.engine.metrics import Sums, stage_hits, top_hits
-from contextual_cnn.models import ContextualConvNeXt
+from contextual_cnn.models import ContextualModel
 
 
 @torch.inference_mode()
@@ -61,7 +61,7 @@ def evaluate(
 
 def staged_scores(model: nn.Module, images: torch.Tensor) -> StagedScores:
     """The scores of every stage whatever the mode; of a model without stages, its logits as the only stage."""
-    return StagedScores.of(model(images, staged=True) if isinstance(model, ContextualConvNeXt) else model(images))
+    return StagedScores.of(model(images, staged=True) if isinstance(model, ContextualModel) else model(images))
 
 
 def _loss(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -73,7 +73,7 @@ def _loss(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor
 
 def _names(model: nn.Module) -> list[str]:
     """What is summed for a model; a rank may have no image at all."""
-    shortlists = len(model.class_counts) if isinstance(model, ContextualConvNeXt) else 0
+    shortlists = len(model.shortlist_sizes) if isinstance(model, ContextualModel) else 0
     return ["images", "loss", "considered", "top1", "top5", *(f"recall_stage{i + 1}" for i in range(shortlists))]
 
 

@@ -243,7 +243,7 @@ class Trainer:
 
     def _warn_of_collapse(self, report: dict[str, float]) -> None:
         """A staged loss can fall by losing targets; a shortlist no better than a random one shows it."""
-        counts = getattr(self.module, "class_counts", ())
+        counts = getattr(self.module, "shortlist_sizes", ())
         for i, count in enumerate(counts, start=1):
             recall, chance = report[f"recall_stage{i}"], 100 * count / self.data.num_classes
             if recall < 1.1 * chance and chance < 90:

@@ -10,12 +10,13 @@ from timm.models.convnext import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from contextual_cnn.errors import UserError
-from contextual_cnn.models.convnext import ContextualConvNeXt, Selection
+from contextual_cnn.models.contextual_conv import Convolution
+from contextual_cnn.models.contextual_model import ContextualModel, Selection
 
 log = logging.getLogger(__name__)
 
 # Parts that a plain model has and a contextual one has not, or the reverse
-_PLAIN_HEAD = ("head.", "norm_pre.")
+_PLAIN_HEAD = ("head.", "norm_pre.", "fc.")
 _CONTEXTUAL_ONLY = (
     "class_embeddings.",
     "projections.",
@@ -23,6 +24,8 @@ _CONTEXTUAL_ONLY = (
     ".weight_offset.",
     ".sampling_offset.",
     ".mask.",
+    ".from_context.",
+    ".offset_mask.",
 )
 
 
@@ -38,7 +41,9 @@ def build_model(
     class_counts: Sequence[int] | None = None,
     embedding_dim: int | None = None,
     selection: Selection | None = None,
+    contextual_stages: Sequence[int] | None = None,
     contextual_every: int | None = None,
+    convolution: Convolution | None = None,
     mask: bool | None = None,
 ) -> nn.Module:
     """A timm-registered model, initialised or from a file of weights.
@@ -48,8 +53,8 @@ def build_model(
         drop_path_rate, layer_scale: stochastic depth and the initial layer scale; None leaves the model's default.
         weights: a .pth, .pt or .safetensors file. A contextual model takes those of its plain twin and then starts
             as an exact drop-in for it.
-        class_counts, embedding_dim, selection, contextual_every, mask: contextual models only, see
-            `ContextualConvNeXt`; None leaves the default.
+        class_counts, embedding_dim, selection, contextual_stages, contextual_every, convolution, mask: contextual
+            models only, see `ContextualConvNeXt`; None leaves the default.
 
     Raises:
         UserError: unknown name, options that the model does not have, weights that do not fit.
@@ -65,14 +70,18 @@ def build_model(
         "class_counts": class_counts,
         "embedding_dim": embedding_dim,
         "selection": selection,
+        "contextual_stages": contextual_stages,
         "contextual_every": contextual_every,
+        "convolution": convolution,
         "mask": mask,
     }
     options = {key: value for key, value in options.items() if value is not None}
     try:
         model = timm.create_model(name, num_classes=num_classes, drop_rate=drop_rate, **options)
     except ValueError as error:
-        raise UserError(str(error), "change model.class_counts (null chooses them for you)") from error
+        raise UserError(
+            str(error), "model.class_counts=null and model.contextual_stages=[2,3,4] are the defaults"
+        ) from error
     except TypeError as error:  # timm models refuse options they do not have
         raise UserError(
             f"model {name} does not take all of {', '.join(options)}: {error}",
@@ -87,9 +96,9 @@ def build_model(
 def describe(model: nn.Module) -> str:
     """One line for the log: size and, of a contextual model, its classes from stage to stage."""
     text = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {model.num_classes} classes"
-    if not isinstance(model, ContextualConvNeXt):
+    if not isinstance(model, ContextualModel):
         return text
-    return f"{text} -> {' -> '.join(map(str, model.class_counts))}, selection {model.selection}"
+    return f"{text} -> {' -> '.join(map(str, model.shortlist_sizes))}, selection {model.selection}"
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -109,13 +118,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise UserError(f"model.weights: {path} cannot be read as weights ({error})", "use another file") from error
     if any(".dwconv." in key for key in state):
         state = checkpoint_filter_fn(state, model)  # original ConvNeXt names
-    contextual = isinstance(model, ContextualConvNeXt)
     own = model.state_dict()
-    if contextual:
+    if isinstance(model, ContextualModel):
         state = {key: value for key, value in state.items() if not key.startswith(_PLAIN_HEAD)}
     state = {key: value for key, value in state.items() if not _is_other_classifier(key, value, own)}
     wrong = [key for key, value in state.items() if key not in own or own[key].shape != value.shape]
-    missing = [key for key in own if key not in state and not _may_be_missing(key, contextual)]
+    missing = [key for key in own if key not in state and not _may_be_missing(key)]
     if wrong or missing:
         raise UserError(
             f"model.weights: {path} does not fit: {len(missing)} tensors missing (first: {missing[:3]}), "
@@ -132,7 +140,5 @@ def _is_other_classifier(key: str, value: Tensor, own: dict[str, Tensor]) -> boo
     return is_classifier and key in own and own[key].shape != value.shape
 
 
-def _may_be_missing(key: str, contextual: bool) -> bool:
-    return key.startswith(("head.", "fc.", "classifier.")) or (
-        contextual and any(part in key for part in _CONTEXTUAL_ONLY)
-    )
+def _may_be_missing(key: str) -> bool:
+    return key.startswith(("head.", "fc.", "classifier.")) or any(part in key for part in _CONTEXTUAL_ONLY)

@@ -1,102 +1,202 @@
-"""The contextual convolution as a layer (section 3.3): it predicts what the op takes, from features and context.
+"""The convolutions that take a plain one's place (section 3.3), and the paper's ablations of them (tables 4 and 5).
 
-Shapes: B images, C channels, H W map, E context size, K kernel taps.
+Each takes over weight and bias of the convolution that it replaces, under their names, and adds nothing at first: what
+generates its offsets ends in a layer of zeros. So with a plain model's weights it computes exactly what the plain one
+computed.
+
+Shapes: B images, C input channels, O output channels, H W map, Ho Wo output map, E context size, K kernel taps.
 """
+
+from typing import Literal
 
 import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
+from torch.nn.functional import conv2d
 
 from contextual_cnn.ops import contextual_conv2d
 
+Convolution = Literal[
+    "contextual", "weight_offsets", "sampling_offsets", "extra_input", "without_prior", "deformable", "plain"
+]
+WITHOUT_CONTEXT = ("without_prior", "deformable", "plain")
 
-class ContextualConv2d(nn.Module):
-    """A depthwise convolution modulated by a context vector, in the place of `nn.Conv2d(groups=channels)`.
 
-    `weight` and `bias` have the names and shapes of the convolution that it replaces, and the offsets start at
-    zero: with a plain model's weights a fresh layer computes exactly what the plain layer computes.
+def replace_convolution(conv: nn.Conv2d, kind: Convolution, context_dim: int, mask: bool = False) -> nn.Module:
+    """What takes the place of a plain convolution.
 
     Args:
-        channels: input and output channels.
-        context_dim: E.
-        kernel_size: odd; the padding keeps the size of the map.
-        weight_reduction: the hidden width of the weight offsets is channels / weight_reduction (released code:
-            16 for 7x7).
+        kind: contextual is the paper's model (a5, b4). The others are rows of its ablations: weight_offsets or
+            sampling_offsets alone (b2, b3), the context as extra_input to the plain convolution (a2, b1), contextual
+            convolutions without_prior (a3), deformable convolutions (a4), plain (a1).
+        mask: of the kinds that generate offsets, see `ContextualConv2d`.
+    """
+    if kind == "plain":
+        return conv
+    if kind == "deformable":
+        return DeformableConv2d(conv)
+    if kind == "extra_input":
+        return ExtraInputConv2d(conv, context_dim)
+    return ContextualConv2d(
+        conv,
+        context_dim if kind != "without_prior" else 0,
+        weight_offsets=kind != "sampling_offsets",
+        sampling_offsets=kind != "weight_offsets",
+        mask=mask,
+    )
+
+
+class _Replacement(nn.Module):
+    """Weight, bias and geometry of the convolution that was there."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        if conv.groups not in (1, conv.in_channels):
+            raise ValueError(f"only dense and depthwise convolutions can be replaced, got groups={conv.groups}")
+        self.weight, self.bias = conv.weight, conv.bias
+        self.geometry = dict(stride=conv.stride[0], padding=conv.padding[0], dilation=conv.dilation[0])
+
+
+class ContextualConv2d(_Replacement):
+    """A depthwise or dense convolution modulated by features and context (equation 4).
+
+    Args:
+        conv: the convolution to replace.
+        context_dim: E; 0 leaves the context out, offsets then depend on the features alone.
+        weight_offsets, sampling_offsets: which of the two there are.
         mask: adds the released code's sigmoid factor per tap, which the paper does not have. It starts at 1
             (2 sigmoid(0)), so that a fresh layer still equals the static one; the released code starts at 1/2.
     """
 
     def __init__(
         self,
-        channels: int,
+        conv: nn.Conv2d,
         context_dim: int,
-        kernel_size: int = 7,
-        weight_reduction: int = 16,
+        *,
+        weight_offsets: bool = True,
+        sampling_offsets: bool = True,
         mask: bool = False,
     ) -> None:
-        super().__init__()
-        self.padding = kernel_size // 2
-        self.weight = nn.Parameter(torch.empty(channels, 1, kernel_size, kernel_size))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.weight_offset = WeightOffset(channels, context_dim, kernel_size, weight_reduction)
-        self.sampling_offset = SamplingOffset(channels, context_dim, kernel_size, maps_per_tap=2)
-        self.mask = SamplingOffset(channels, context_dim, kernel_size, maps_per_tap=1) if mask else None
-        nn.init.trunc_normal_(self.weight, std=0.02)  # ConvNeXt's initialisation
+        super().__init__(conv)
+        taps = self.weight[0, 0].numel()
+        self.weight_offset = WeightOffset(conv, context_dim) if weight_offsets else None
+        self.sampling_offset = TapMaps(conv, context_dim, 2 * taps) if sampling_offsets else None
+        self.mask = TapMaps(conv, context_dim, taps) if mask else None
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """(B, C, H, W) features and (B, E) context -> (B, C, H, W)."""
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) features and (B, E) context -> (B, O, Ho, Wo)."""
         return contextual_conv2d(
             x,
             self.weight,
             self.bias,
-            weight_offset=self.weight_offset(x, context),
-            sampling_offset=self.sampling_offset(x, context),
+            weight_offset=self.weight_offset(x, context) if self.weight_offset is not None else None,
+            sampling_offset=self.sampling_offset(x, context) if self.sampling_offset is not None else None,
             mask=2 * self.mask(x, context).sigmoid() if self.mask is not None else None,
-            padding=self.padding,
+            **self.geometry,
         )
 
 
 class WeightOffset(nn.Module):
-    """dw: [GAP(x), context] -> FC, LN, ReLU, FC -> a kernel of its own for every image and channel."""
+    """dw: [GAP(x), context] -> FC, LN, ReLU, FC -> a kernel of its own for every image and input channel.
 
-    def __init__(self, channels: int, context_dim: int, kernel_size: int, reduction: int) -> None:
+    The hidden width, C / 16 for 7x7 and C / 4 for 3x3, is the released code's.
+    """
+
+    def __init__(self, conv: nn.Conv2d, context_dim: int) -> None:
         super().__init__()
-        hidden = max(channels // reduction, 1)
-        self.kernel_size = kernel_size
+        self.kernel_size = tuple(conv.kernel_size)
+        channels, taps = conv.in_channels, self.kernel_size[0] * self.kernel_size[1]
+        hidden = max(channels // (16 if taps > 9 else 4), 1)
         self.hidden = nn.Sequential(nn.Linear(channels + context_dim, hidden), nn.LayerNorm(hidden), nn.ReLU())
-        self.out = nn.Linear(hidden, channels * kernel_size**2)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.out = nn.Linear(hidden, channels * taps)
+        _zero(self.out)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         """(B, C, H, W), (B, E) -> (B, C, kh, kw)."""
-        hidden = self.hidden(torch.cat([x.mean(dim=(2, 3)), context], dim=1))
-        return self.out(hidden).view(len(x), x.shape[1], self.kernel_size, self.kernel_size)
+        pooled = x.mean(dim=(2, 3))
+        hidden = self.hidden(torch.cat([pooled, context], dim=1) if context is not None else pooled)
+        return self.out(hidden).view(len(x), x.shape[1], *self.kernel_size)
 
 
-class SamplingOffset(nn.Module):
+class TapMaps(nn.Module):
     """dp: [x, expand(context)] -> 1x1 conv, LN, ReLU, depthwise conv -> maps shared by all channels.
 
     The context is the same at every position, so its part of the 1x1 convolution is computed once per image
     and added; the expanded map of the paper's figure 3b is never made.
+
+    The last convolution has size, stride and dilation of the one that it makes offsets for.
     """
 
-    def __init__(self, channels: int, context_dim: int, kernel_size: int, maps_per_tap: int) -> None:
+    def __init__(self, conv: nn.Conv2d, context_dim: int, maps: int) -> None:
         super().__init__()
-        maps = maps_per_tap * kernel_size**2
-        self.from_features = nn.Conv2d(channels, maps, 1)
-        self.from_context = nn.Linear(context_dim, maps, bias=False)
+        self.from_features = nn.Conv2d(conv.in_channels, maps, 1)
+        self.from_context = nn.Linear(context_dim, maps, bias=False) if context_dim else None
         self.norm = LayerNorm2d(maps)
         self.act = nn.ReLU()
-        self.out = nn.Conv2d(maps, maps, kernel_size, padding=kernel_size // 2, groups=maps)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.out = nn.Conv2d(maps, maps, conv.kernel_size, conv.stride, conv.padding, conv.dilation, groups=maps)
+        _zero(self.out)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """(B, C, H, W), (B, E) -> (B, maps, H, W) float32, in pixels."""
-        hidden = self.from_features(x) + self.from_context(context)[:, :, None, None]
+    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """(B, C, H, W), (B, E) -> (B, maps, Ho, Wo) float32; sampling offsets are in pixels."""
+        hidden = self.from_features(x)
+        if self.from_context is not None:
+            hidden = hidden + self.from_context(context)[:, :, None, None]
         hidden = self.act(self.norm(hidden))
         # float32 also under autocast: an offset rounded to bfloat16 costs the output as much precision as
         # all other roundings together
         with torch.autocast(x.device.type, enabled=False):
             return self.out(hidden.to(self.out.weight.dtype))
+
+
+class ExtraInputConv2d(_Replacement):
+    """The context as further input channels of a plain convolution, expanded over the map (table 4, a2).
+
+    A depthwise convolution has no channels to add to: there the context enters by a 1x1 convolution of its own.
+    """
+
+    def __init__(self, conv: nn.Conv2d, context_dim: int) -> None:
+        super().__init__(conv)
+        self.groups = conv.groups
+        dense = conv.groups == 1
+        self.from_context = nn.Conv2d(
+            context_dim,
+            conv.out_channels,
+            conv.kernel_size if dense else 1,
+            conv.stride,
+            conv.padding if dense else 0,
+            conv.dilation,
+            bias=False,
+        )
+        nn.init.zeros_(self.from_context.weight)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """(B, C, H, W) features and (B, E) context -> (B, O, Ho, Wo)."""
+        expanded = context[:, :, None, None].expand(-1, -1, *x.shape[2:])
+        return conv2d(x, self.weight, self.bias, **self.geometry, groups=self.groups) + self.from_context(expanded)
+
+
+class DeformableConv2d(_Replacement):
+    """Deformable convolution v2 (Zhu et al., 2019; table 4, a4): offsets and mask by one convolution of the features.
+
+    The mask starts at 1 instead of 1/2, so that a fresh layer equals the plain one.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__(conv)
+        self.taps = self.weight[0, 0].numel()
+        self.offset_mask = nn.Conv2d(
+            conv.in_channels, 3 * self.taps, conv.kernel_size, conv.stride, conv.padding, conv.dilation
+        )
+        _zero(self.offset_mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, O, Ho, Wo)."""
+        offset, mask = self.offset_mask(x).float().split([2 * self.taps, self.taps], dim=1)
+        return contextual_conv2d(
+            x, self.weight, self.bias, sampling_offset=offset, mask=2 * mask.sigmoid(), **self.geometry
+        )
+
+
+def _zero(layer: nn.Linear | nn.Conv2d) -> None:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)

@@ -1,14 +1,19 @@
-"""Contextual ConvNeXt: drop-in for its plain twin, staged in training, dense in evaluation."""
+"""Contextual ConvNeXt and ResNet: drop-ins for their plain twins, staged in training, dense in evaluation."""
+
+from typing import get_args
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch.testing import assert_close
+from torchvision.ops import deform_conv2d
 
 from contextual_cnn.contracts import StagedScores, is_considered
 from contextual_cnn.errors import UserError
 from contextual_cnn.models import build_model
-from contextual_cnn.models.contextual_conv import ContextualConv2d
+from contextual_cnn.models.contextual_conv import WITHOUT_CONTEXT, ContextualConv2d, Convolution, DeformableConv2d
+from contextual_cnn.models.resnet import ContextualBottleneck
 
 SIZES = ["atto", "tiny", "small", "base"]
 
@@ -18,11 +23,12 @@ def atto(**options):
 
 
 def wake_up(model):
-    """Gives every zero-initialised offset generator some weight, as training would."""
-    for module in model.modules():
-        if isinstance(module, ContextualConv2d):
-            torch.nn.init.normal_(module.weight_offset.out.weight, std=0.1)
-            torch.nn.init.normal_(module.sampling_offset.out.weight, std=0.5)
+    """Gives every zero-initialised generator of offsets some weight, as training would."""
+    stds = {"weight_offset.out": 0.1, "sampling_offset.out": 0.5, "from_context": 0.1, "offset_mask": 0.1}
+    for name, module in model.named_modules():
+        std = next((std for end, std in stds.items() if name.endswith(end)), None)
+        if std is not None and module is not None:
+            torch.nn.init.normal_(module.weight, std=std)
     return model
 
 
@@ -39,7 +45,74 @@ def test_plain_weights_make_an_exact_drop_in(tmp_path, layout):
     model = build_model(name=name, num_classes=10, weights=str(path)).eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(model.forward_features(images), plain.forward_features(images), rtol=1e-5, atol=1e-5)
+        assert_close(model.forward_features(images), plain.forward_features(images), rtol=1e-5, atol=1e-5)
+
+
+KINDS = get_args(Convolution)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("twin", ["resnet50", "convnext_atto"])
+def test_a_fresh_model_of_any_kind_is_its_plain_twin(tmp_path, twin, kind):
+    plain = timm.create_model(twin, num_classes=10).eval()
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    options = dict(convolution=kind, weights=str(tmp_path / "plain.pth"))
+    model = build_model(name=f"contextual_{twin}", num_classes=10, **options).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = plain.forward_features(images)
+        assert_close(model.forward_features(images), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+        if kind in WITHOUT_CONTEXT:
+            assert_close(model(images), plain(images), rtol=1e-4, atol=1e-4)
+
+
+def test_the_deformable_kind_is_torchvisions_operator():
+    for conv in (torch.nn.Conv2d(4, 6, 3, 2, 1, bias=False), torch.nn.Conv2d(4, 4, 3, 1, 2, 2, groups=4)):
+        layer, x = DeformableConv2d(conv), torch.randn(2, 4, 9, 8)
+        torch.nn.init.normal_(layer.offset_mask.weight, std=0.3)
+        offset, mask = layer.offset_mask(x).split([18, 9], dim=1)
+        geometry = (conv.stride, conv.padding, conv.dilation)
+        expected = deform_conv2d(x, offset, conv.weight, conv.bias, *geometry, mask=2 * mask.sigmoid())
+        assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_of_every_kind_learns(kind):
+    model = wake_up(build_model(name="contextual_convnext_atto", num_classes=10, layer_scale=1.0, convolution=kind))
+    scores = StagedScores.of(model(torch.randn(4, 3, 64, 64)))
+    sum(logits.square().mean() for logits in scores.logits).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+@pytest.mark.parametrize("stages", [(4,), (3, 4), (2, 3, 4), (1, 2, 3, 4), (2, 4)])
+@pytest.mark.parametrize("selection", ["rerank", "reduce"])
+def test_any_choice_of_contextual_stages(stages, selection):
+    model = wake_up(atto(contextual_stages=stages, class_counts=[6, 4, 2], selection=selection))
+    for i, stage in enumerate(model.stages, start=1):
+        assert any(isinstance(block.conv_dw, ContextualConv2d) for block in stage.blocks) == (i in stages)
+    scores = model(torch.randn(3, 3, 64, 64))
+    kept = [{2: 6, 3: 4, 4: 2}[stage] for stage in stages if stage > 1]
+    assert [shortlist.shape[1] for shortlist in scores.shortlists] == kept
+    assert [is_considered(logits).sum().item() // 3 for logits in scores.logits] == (
+        [10, *kept] if selection == "reduce" else [10] * (len(kept) + 1)
+    )
+
+
+@pytest.mark.parametrize("stages", [(), (0, 1), (4, 3), (5,), (2, 2)])
+def test_stages_that_there_are_not_are_refused(stages):
+    with pytest.raises(UserError, match="contextual_stages"):
+        atto(contextual_stages=stages)
+
+
+def test_contextual_resnet50_modulates_the_3x3_convolutions_of_layers_2_to_4():
+    with torch.device("meta"):
+        model = timm.create_model("contextual_resnet50")
+        sparse = timm.create_model("contextual_resnet50", contextual_every=2)
+    for of, expected in ((model, [0, 4, 6, 3]), (sparse, [0, 2, 3, 2])):
+        found = [sum(isinstance(block, ContextualBottleneck) for block in blocks) for blocks in of.stage_blocks()]
+        assert found == expected
+    assert model.layer2[0].conv2.geometry == {"stride": 2, "padding": 1, "dilation": 1}
+    assert model.layer2[0].conv2.weight_offset.out.out_features == 128 * 9
 
 
 def as_original(state):
@@ -118,8 +191,8 @@ def test_renaming_the_classes_changes_nothing_else():
     with torch.no_grad():
         features, logits = model.forward_features(images), model(images)
         model.class_embeddings.weight.copy_(model.class_embeddings.weight[order])
-        torch.testing.assert_close(model.forward_features(images), features)
-        torch.testing.assert_close(model(images), logits[:, order])
+        assert_close(model.forward_features(images), features)
+        assert_close(model(images), logits[:, order])
 
 
 def test_every_parameter_learns():
@@ -137,7 +210,7 @@ def test_fresh_mask_changes_nothing():
     without = atto().eval()
     without.load_state_dict({k: v for k, v in with_mask.state_dict().items() if ".mask." not in k})
     images = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(with_mask(images), without(images))
+    assert_close(with_mask(images), without(images))
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -149,7 +222,7 @@ def test_gradient_checkpointing_changes_no_gradient():
         model(images).logits[-1].square().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, recomputed)
+        assert_close(plain, recomputed)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -185,7 +258,7 @@ def test_compiles_without_graph_breaks(training):
     images = torch.randn(2, 3, 64, 64)
     expected = model(images, staged=True).logits[-1]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(images, staged=True).logits[-1]
-    torch.testing.assert_close(compiled, expected, rtol=1e-3, atol=1e-3)
+    assert_close(compiled, expected, rtol=1e-3, atol=1e-3)
 
 
 MISTAKES = {

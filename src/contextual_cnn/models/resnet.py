@@ -1,0 +1,132 @@
+"""Contextual ResNet-50 (section 4.3, the ablations' backbone): timm's ResNet with contextual 3x3 convolutions."""
+
+from collections.abc import Iterable, Sequence
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import Bottleneck, ResNet
+from torch import Tensor, nn
+
+from contextual_cnn.models.contextual_conv import Convolution, replace_convolution
+from contextual_cnn.models.contextual_model import (
+    ContextualBlock,
+    ContextualModel,
+    Selection,
+    takes_context,
+    without_context_options,
+)
+
+
+class ContextualResNet(ContextualModel):
+    """ResNet in which the likely classes after each stage modulate the 3x3 convolutions of the next.
+
+    A weight offset is shared by all output channels of its convolution.
+
+    Args:
+        num_classes, class_counts, embedding_dim, selection, contextual_stages, drop_rate: see `ContextualModel`.
+        contextual_every: one of every so many blocks of a contextual stage is contextual, from the first (the paper
+            does not say; the released code's default is 2).
+        convolution, mask: see `replace_convolution`; only kinds with a context.
+        backbone: what timm's ResNet takes.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        class_counts: Sequence[int] | None = None,
+        embedding_dim: int = 256,
+        selection: Selection = "rerank",
+        contextual_stages: Sequence[int] = (2, 3, 4),
+        contextual_every: int = 1,
+        convolution: Convolution = "contextual",
+        mask: bool = False,
+        drop_rate: float = 0.0,
+        **backbone,
+    ) -> None:
+        plain = ResNet(num_classes=0, **backbone)
+        super().__init__(
+            [info["num_chs"] for info in plain.feature_info[1:]],  # the first is the stem's
+            num_classes=num_classes,
+            class_counts=class_counts,
+            embedding_dim=embedding_dim,
+            selection=selection,
+            contextual_stages=contextual_stages,
+            drop_rate=drop_rate,
+        )
+        self.conv1, self.bn1, self.act1, self.maxpool = plain.conv1, plain.bn1, plain.act1, plain.maxpool
+        self.layer1, self.layer2, self.layer3, self.layer4 = plain.layer1, plain.layer2, plain.layer3, plain.layer4
+        self.num_features, self.feature_info = plain.num_features, plain.feature_info
+        for stage in contextual_stages:
+            blocks = getattr(self, f"layer{stage}")
+            for i in range(0, len(blocks), contextual_every):
+                conv = replace_convolution(blocks[i].conv2, convolution, embedding_dim, mask)
+                blocks[i] = ContextualBottleneck(blocks[i], conv)
+
+    def forward_stem(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, C, H/4, W/4)."""
+        return self.maxpool(self.act1(self.bn1(self.conv1(images))))
+
+    def stage_blocks(self) -> Iterable[Iterable[nn.Module]]:
+        """The four layers' blocks; the first of a layer downsamples."""
+        return self.layer1, self.layer2, self.layer3, self.layer4
+
+
+class ContextualBottleneck(ContextualBlock):
+    """A bottleneck block whose 3x3 convolution takes a context; every other layer is the plain block's own."""
+
+    def __init__(self, block: Bottleneck, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.act1 = block.conv1, block.bn1, block.act1
+        self.conv2, self.bn2, self.act2 = conv, block.bn2, block.act2
+        self.conv3, self.bn3, self.act3 = block.conv3, block.bn3, block.act3
+        self.drop_block, self.aa, self.se = block.drop_block, block.aa, block.se
+        self.drop_path, self.downsample = block.drop_path, block.downsample
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """(B, C, H, W), (B, E) -> (B, C', H', W')."""
+        y = self.act1(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y, context))
+        y = self.aa(self.act2(self.drop_block(y)))
+        y = self.bn3(self.conv3(y))
+        for branch in (self.se, self.drop_path):
+            y = branch(y) if branch is not None else y
+        return self.act3(y + (self.downsample(x) if self.downsample is not None else x))
+
+
+def _plain_resnet(
+    contextual_stages: Sequence[int] = (2, 3, 4),
+    contextual_every: int = 1,
+    convolution: Convolution = "plain",
+    **backbone,
+) -> ResNet:
+    """The plain twin with other convolutions in the same places: the ablations that have no context."""
+    model = ResNet(**without_context_options(backbone))
+    for stage in contextual_stages:
+        for block in getattr(model, f"layer{stage}")[::contextual_every]:
+            block.conv2 = replace_convolution(block.conv2, convolution, 0)
+    return model
+
+
+# No weights are published; the entry gives timm's tools the input they expect.
+default_cfgs = generate_default_cfgs(
+    {
+        "contextual_resnet50": dict(
+            url="",
+            num_classes=1000,
+            input_size=(3, 224, 224),
+            crop_pct=0.95,
+            interpolation="bicubic",
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
+            first_conv="conv1",
+            classifier="class_embeddings",
+        )
+    }
+)
+
+
+@register_model
+def contextual_resnet50(pretrained: bool = False, **kwargs) -> nn.Module:
+    """Contextual ResNet-50, and with another `convolution` every row of the paper's ablations."""
+    kind = ContextualResNet if takes_context(kwargs) else _plain_resnet
+    options = dict(block=Bottleneck, layers=(3, 4, 6, 3))
+    return build_model_with_cfg(kind, "contextual_resnet50", pretrained, **options, **kwargs)
