@@ -1,0 +1,168 @@
+"""Where the samples of one webdataset shard are, and writing a shard with its index.
+
+A shard is a plain tar. A sample is KEY.jpg (or .jpeg, .png) and KEY.cls (its class index, ASCII) next to each other.
+Beside NAME.tar there may be, and writing puts there,
+
+    NAME.idx       DALI's index (`wds2idx`, v1.2): a line per sample with extension, offset, size, name of each member
+    NAME.classes   the class of each sample, one a line; saves a read per sample where the run starts
+
+Without them the tar's own headers and .cls members are read. They are not trusted: every place must lie in the tar,
+and the first and last sample are compared with the tar itself.
+"""
+
+import io
+import os
+import tarfile
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from contextual_cnn.data.sources.class_names import read_lines
+from contextual_cnn.data.sources.tar_members import BLOCK, TarMember, check_member, list_tar
+from contextual_cnn.errors import UserError
+
+_IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
+_VERSION = "v1.2"
+_LONGEST_CLASS = 16  # bytes of a .cls member
+
+
+class ShardIndex(NamedTuple):
+    """The samples of a shard. names: of the image members; offsets, sizes: of their bytes; all (n,)."""
+
+    names: list[str]
+    offsets: np.ndarray
+    sizes: np.ndarray
+    targets: np.ndarray
+
+
+def read_shard_index(shard: Path) -> ShardIndex:
+    """The samples of a shard, in its order.
+
+    Raises:
+        UserError: naming the shard and the sample, if anything does not fit together.
+    """
+    index = shard.with_suffix(".idx")
+    members = _read_idx(index, shard) if index.is_file() else list_tar(shard)
+    samples = [_sample(shard, key, list(of_key)) for key, of_key in groupby(members, lambda m: _split(m.name)[0])]
+    if not samples:
+        raise UserError(f"{shard} holds no samples", "a sample is KEY.jpg and KEY.cls; remove the file")
+    images = [image for image, _ in samples]
+    if len({image.name for image in images}) < len(images):
+        raise UserError(f"{shard} holds two samples of one name", "keys must be unique within a shard")
+    return ShardIndex(
+        [image.name for image in images],
+        np.array([image.offset for image in images], dtype=np.int64),
+        np.array([image.size for image in images], dtype=np.int64),
+        np.array(_classes(shard, [cls for _, cls in samples]), dtype=np.int64),
+    )
+
+
+def write_shard(shard: Path, samples: Iterable[tuple[str, bytes, int]]) -> None:
+    """Writes a shard, its .idx and its .classes; the tar appears last and whole, or not at all.
+
+    Args:
+        samples: name of the image member, its bytes, its class.
+    """
+    lines, classes = [], []
+    partial = shard.with_name(f".{shard.name}.partial")
+    with partial.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, image, target in samples:
+            key, extension = _split(name)
+            parts = []
+            for suffix, data in ((extension, image), ("cls", b"%d" % target)):
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(data)
+                offset = archive.offset + BLOCK
+                archive.addfile(info, io.BytesIO(data))
+                parts.append(f"{suffix} {offset} {len(data)} {info.name}")
+            lines.append(" ".join(parts))
+            classes.append(target)
+    _write_text(shard.with_suffix(".idx"), [f"{_VERSION} {len(lines)}", *lines])
+    _write_text(shard.with_suffix(".classes"), map(str, classes))
+    partial.replace(shard)
+
+
+def _read_idx(index: Path, shard: Path) -> list[TarMember]:
+    """The members that an index names; those of a sample stay together."""
+    head, *lines = read_lines(index) or [""]
+    stale = f"remove {index}; it is made again by `wds2idx {shard}`, and the run does without it"
+    if head.split() != [_VERSION, str(len(lines))]:
+        raise UserError(f"{index} begins with {head[:40]!r}, not with {_VERSION} and its {len(lines)} samples", stale)
+    end, members = shard.stat().st_size, []
+    for number, line in enumerate(lines, start=2):
+        fields = line.split(" ")
+        if len(fields) % 4:
+            raise UserError(f"{index}, line {number}: not (extension offset size name) for each member", stale)
+        for _, offset, size, name in zip(*(iter(fields),) * 4, strict=True):
+            if not (offset.isdecimal() and size.isdecimal() and BLOCK <= int(offset) <= end - int(size)):
+                raise UserError(f"{index}, line {number}: {name!r} at {offset}, {size} bytes, is not in {shard}", stale)
+            members.append(TarMember(name, int(offset), int(size)))
+    with shard.open("rb") as file:
+        for member in (members[:1] + members[-1:]) if members else []:
+            if _header_before(file.fileno(), member, shard) != member:
+                raise UserError(f"{index} names {member.name!r} where {shard} holds something else", stale)
+    return members
+
+
+def _header_before(descriptor: int, member: TarMember, shard: Path) -> TarMember | None:
+    """What the tar itself says of a member; None where there is no header."""
+    try:
+        info = tarfile.TarInfo.frombuf(os.pread(descriptor, BLOCK, member.offset - BLOCK), "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return None
+    info.offset_data = member.offset
+    if not member.name.isascii() or len(member.name) > 100:  # the whole name is in an extension header
+        info.name = member.name
+    return check_member(info, shard)
+
+
+def _sample(shard: Path, key: str, members: list[TarMember]) -> tuple[TarMember, TarMember]:
+    """Image and class of a sample; other members are passed over."""
+    images = [member for member in members if _split(member.name)[1].lower() in _IMAGE_EXTENSIONS]
+    classes = [member for member in members if _split(member.name)[1].lower() == "cls"]
+    if len(images) != 1 or len(classes) != 1:
+        raise UserError(
+            f"{shard}: sample {key!r} has {len(images)} images and {len(classes)} .cls members side by side",
+            "a sample is one of KEY.jpg, KEY.jpeg, KEY.png, and KEY.cls with the class index",
+        )
+    return images[0], classes[0]
+
+
+def _classes(shard: Path, members: list[TarMember]) -> list[int]:
+    file = shard.with_suffix(".classes")
+    with shard.open("rb") as tar:
+        if not file.is_file():
+            return [_read_class(tar.fileno(), member, shard) for member in members]
+        try:
+            classes = [int(line) for line in read_lines(file)]
+        except ValueError:
+            classes = []
+        ends = [(i, _read_class(tar.fileno(), members[i], shard)) for i in (0, -1)]
+    if len(classes) != len(members) or any(classes[i] != target for i, target in ends) or min(classes) < 0:
+        raise UserError(f"{file} does not hold the classes of the {len(members)} samples of {shard}", f"remove {file}")
+    return classes
+
+
+def _read_class(descriptor: int, member: TarMember, shard: Path) -> int:
+    text = os.pread(descriptor, min(member.size, _LONGEST_CLASS), member.offset).strip()
+    if not text.isdigit() or member.size > _LONGEST_CLASS:
+        raise UserError(
+            f"{shard}: {member.name!r} holds {text!r}, no class index", "a .cls member is a number in ASCII"
+        )
+    return int(text)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and extension; the key ends at the first dot of the last part, as webdataset has it."""
+    folder, slash, base = name.rpartition("/")
+    key, _, extension = base.partition(".")
+    return f"{folder}{slash}{key}", extension
+
+
+def _write_text(path: Path, lines: Iterable[str]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    partial.replace(path)
