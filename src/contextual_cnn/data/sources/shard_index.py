@@ -15,6 +15,7 @@ import os
 import tarfile
 from collections.abc import Iterable
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +47,8 @@ def read_shard_index(shard: Path) -> ShardIndex:
     """
     index = shard.with_suffix(".idx")
     members = _read_idx(index, shard) if index.is_file() else list_tar(shard)
-    samples = [_sample(shard, key, list(of_key)) for key, of_key in groupby(members, lambda m: _split(m.name)[0])]
+    parts = [(*_split(member.name), member) for member in members]
+    samples = [_sample(shard, key, list(of_key)) for key, of_key in groupby(parts, itemgetter(0))]
     if not samples:
         raise UserError(f"{shard} holds no samples", "a sample is KEY.jpg and KEY.cls; remove the file")
     images = [image for image, _ in samples]
@@ -70,15 +72,14 @@ def write_shard(shard: Path, samples: Iterable[tuple[str, bytes, int]]) -> None:
     partial = shard.with_name(f".{shard.name}.partial")
     with partial.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for name, image, target in samples:
-            key, extension = _split(name)
-            parts = []
-            for suffix, data in ((extension, image), ("cls", b"%d" % target)):
-                info = tarfile.TarInfo(f"{key}.{suffix}")
+            key, _ = _split(name)
+            places = []
+            for member, data in ((name, image), (f"{key}.cls", b"%d" % target)):
+                info = tarfile.TarInfo(member)
                 info.size = len(data)
-                offset = archive.offset + BLOCK
+                places.append(f"{member.removeprefix(f'{key}.')} {archive.offset + BLOCK} {len(data)} {member}")
                 archive.addfile(info, io.BytesIO(data))
-                parts.append(f"{suffix} {offset} {len(data)} {info.name}")
-            lines.append(" ".join(parts))
+            lines.append(" ".join(places))
             classes.append(target)
     _write_text(shard.with_suffix(".idx"), [f"{_VERSION} {len(lines)}", *lines])
     _write_text(shard.with_suffix(".classes"), map(str, classes))
@@ -119,10 +120,10 @@ def _header_before(descriptor: int, member: TarMember, shard: Path) -> TarMember
     return check_member(info, shard)
 
 
-def _sample(shard: Path, key: str, members: list[TarMember]) -> tuple[TarMember, TarMember]:
-    """Image and class of a sample; other members are passed over."""
-    images = [member for member in members if _split(member.name)[1].lower() in _IMAGE_EXTENSIONS]
-    classes = [member for member in members if _split(member.name)[1].lower() == "cls"]
+def _sample(shard: Path, key: str, parts: list[tuple[str, str, TarMember]]) -> tuple[TarMember, TarMember]:
+    """Image and class among the (key, extension, member) of a sample; other members are passed over."""
+    images = [member for _, extension, member in parts if extension in _IMAGE_EXTENSIONS]
+    classes = [member for _, extension, member in parts if extension == "cls"]
     if len(images) != 1 or len(classes) != 1:
         raise UserError(
             f"{shard}: sample {key!r} has {len(images)} images and {len(classes)} .cls members side by side",
@@ -156,10 +157,9 @@ def _read_class(descriptor: int, member: TarMember, shard: Path) -> int:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Key and extension; the key ends at the first dot of the last part, as webdataset has it."""
-    folder, slash, base = name.rpartition("/")
-    key, _, extension = base.partition(".")
-    return f"{folder}{slash}{key}", extension
+    """Key and lower-case extension; the key ends at the first dot of the last part, as webdataset has it."""
+    dot = name.find(".", name.rfind("/") + 1)
+    return (name[:dot], name[dot + 1 :].lower()) if dot >= 0 else (name, "")
 
 
 def _write_text(path: Path, lines: Iterable[str]) -> None:
