@@ -79,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
         "--quality", type=int, default=90, help="JPEG quality where --resize shrinks (default %(default)s)"
     )
     parser.add_argument(
-        "--shard-images", type=int, default=5000, metavar="N", help="images in a shard (default %(default)s)"
+        "--shard-images", type=int, default=5000, metavar="N", help="images in each (default %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the images' order in the shards (default %(default)s)")
     parser.add_argument("--workers", type=int, help="processes (default: one for each core)")

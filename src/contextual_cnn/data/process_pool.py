@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,24 +16,30 @@ _PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
-def process_pool(workers: int | None) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes that end with this one, however it ends. None: one for each core that it may use."""
+def process_pool(workers: int | None) -> Iterator[ProcessPoolExecutor | None]:
+    """Worker processes that end with this one, however it ends.
+
+    Args:
+        workers: None takes one for each core that it may use; 1 does the work in this process and yields None.
+    """
+    workers = workers or len(os.sched_getaffinity(0))
+    if workers == 1:
+        yield None
+        return
     pool = ProcessPoolExecutor(
-        workers or len(os.sched_getaffinity(0)),
+        workers,
         mp_context=multiprocessing.get_context("fork"),  # a worker has what is imported already
         initializer=_end_with_parent,
         initargs=(os.getpid(),),
     )
     try:
         yield pool
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    pool.shutdown()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def run_parts(
-    pool: ProcessPoolExecutor,
+    pool: ProcessPoolExecutor | None,
     function: Callable[[Any], Any],
     parts: Sequence[Any],
     *,
@@ -46,14 +52,14 @@ def run_parts(
         sizes: of the parts, as the bar counts them; None counts parts.
     """
     sizes = sizes if sizes is not None else [1] * len(parts)
-    # All processes are forked by the first submit, before the bar starts its thread
-    futures = {pool.submit(function, part): size for part, size in zip(parts, sizes, strict=True)}
+    # All processes are forked by this call, before the bar starts its thread
+    results, done = (pool.map if pool is not None else map)(function, parts), []
     with progress_bar() as bar:
         task = bar.add_task(title, total=sum(sizes))
-        for done in as_completed(futures):
-            done.result()
-            bar.advance(task, futures[done])
-    return [future.result() for future in futures]
+        for size, result in zip(sizes, results, strict=True):
+            done.append(result)
+            bar.advance(task, size)
+    return done
 
 
 def progress_bar() -> Progress:

@@ -45,8 +45,12 @@ def read_shard_index(shard: Path) -> ShardIndex:
     Raises:
         UserError: naming the shard and the sample, if anything does not fit together.
     """
-    index = shard.with_suffix(".idx")
+    index, classes = shard.with_suffix(".idx"), shard.with_suffix(".classes")
     members = _read_idx(index, shard) if index.is_file() else list_tar(shard)
+    return _read_samples(shard, members, classes if classes.is_file() else None)
+
+
+def _read_samples(shard: Path, members: list[TarMember], classes: Path | None) -> ShardIndex:
     parts = [(*_split(member.name), member) for member in members]
     samples = [_sample(shard, key, list(of_key)) for key, of_key in groupby(parts, itemgetter(0))]
     if not samples:
@@ -58,8 +62,18 @@ def read_shard_index(shard: Path) -> ShardIndex:
         [image.name for image in images],
         np.array([image.offset for image in images], dtype=np.int64),
         np.array([image.size for image in images], dtype=np.int64),
-        np.array(_classes(shard, [cls for _, cls in samples]), dtype=np.int64),
+        np.array(_read_classes(shard, [cls for _, cls in samples], classes), dtype=np.int64),
     )
+
+
+def check_shard_index(shard: Path) -> None:
+    """Compares .idx and .classes with the whole tar. Raises UserError where they differ."""
+    given, found = read_shard_index(shard), _read_samples(shard, list_tar(shard), None)
+    if given.names != found.names or not all(map(np.array_equal, given[1:], found[1:])):
+        raise UserError(
+            f"{shard.with_suffix('.idx')} or {shard.with_suffix('.classes').name} differs from the samples in {shard}",
+            f"remove them; `wds2idx {shard}` makes an index",
+        )
 
 
 def write_shard(shard: Path, samples: Iterable[tuple[str, bytes, int]]) -> None:
@@ -132,10 +146,10 @@ def _sample(shard: Path, key: str, parts: list[tuple[str, str, TarMember]]) -> t
     return images[0], classes[0]
 
 
-def _classes(shard: Path, members: list[TarMember]) -> list[int]:
-    file = shard.with_suffix(".classes")
+def _read_classes(shard: Path, members: list[TarMember], file: Path | None) -> list[int]:
+    """The samples' classes, from the file beside the shard or from the .cls members."""
     with shard.open("rb") as tar:
-        if not file.is_file():
+        if file is None:
             return [_read_class(tar.fileno(), member, shard) for member in members]
         try:
             classes = [int(line) for line in read_lines(file)]
