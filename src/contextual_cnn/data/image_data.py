@@ -72,7 +72,7 @@ class ImageData:
                 raise UserError(f"data.{key} must be 1 or more, got {value}", f"data.{key}=1")
         self.root = Path(root).expanduser().absolute()
         self.layout: Layout = find_layout(self.root, splits[0]) if layout == "auto" else layout
-        if shuffle_shards is not None and self.layout != "shards":
+        if shuffle_shards is not None and "train" in splits and self.layout != "shards":
             raise UserError(f"data.shuffle_shards: {root} has no tar shards", "data.shuffle_shards=null")
         self._excluded = read_exclude_list(Path(exclude).expanduser()) if exclude is not None else frozenset()
         self._left_out: set[str] = set()

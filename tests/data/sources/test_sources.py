@@ -145,6 +145,8 @@ def test_two_layouts_in_one_root_must_be_chosen_from(roots, tmp_path):
     ("options", "message"),
     [
         (dict(shuffle_shards=2), "has no tar shards"),
+        (dict(layout="list"), "there is no list .*train.txt"),
+        (dict(layout="shards"), "there are no shards .*train/"),
         (dict(repeats=0), "data.repeats must be 1 or more"),
         (dict(exclude="/nowhere.txt"), "/nowhere.txt cannot be read"),
     ],
@@ -152,3 +154,9 @@ def test_two_layouts_in_one_root_must_be_chosen_from(roots, tmp_path):
 def test_options_that_do_not_fit_are_refused(image_root, options, message):
     with pytest.raises(UserError, match=message):
         ImageData(root=str(image_root), **options)
+
+
+def test_evaluation_does_not_mind_how_training_was_shuffled(roots):
+    """A checkpoint of a run on shards is evaluated on folders."""
+    data = ImageData(("val",), root=str(roots["folders"]), shuffle_shards=2)
+    assert len(data.sources["val"]) == 18

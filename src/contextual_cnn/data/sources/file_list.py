@@ -29,6 +29,8 @@ def open_file_list(root: Path, split: str, classes: tuple[str, ...] | None = Non
         UserError: naming the file and the line.
     """
     file = root / f"{split}.txt"
+    if not file.is_file():
+        raise UserError(f"data.root: there is no list {file}", "its lines are `relative/path class_index`")
     names = read_class_names(root, classes)
     lines_of: dict[str, int] = {}
     targets: list[int] = []
