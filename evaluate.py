@@ -27,6 +27,8 @@ from contextual_cnn.models import build_model
 def data_overrides(
     *,
     root: str | None = None,
+    layout: Literal["auto", "folders", "list", "shards"] | None = None,
+    exclude: str | None = None,
     image_size: int | None = None,
     crop_pct: float | None = None,
     threads: int | None = None,
@@ -63,6 +65,7 @@ def main(hydra_config: DictConfig) -> None:
 
     with process_group(config["device"]) as world:
         console = start_logging(world.is_main)
+        data.log_summary()
         model = build_model(**trained["model"] | {"weights": None})
         model.load_state_dict(state["model" if weights == "raw" else "ema"])
         model.to(world.device)

@@ -58,7 +58,7 @@ def main(hydra_config: DictConfig) -> None:
     data = ImageData(**config["data"])
     config["model"]["num_classes"] = _num_classes(config, data)
     plan = BatchPlan.make(
-        images=len(data.folders["train"]),
+        images=len(data.sources["train"]),
         global_batch=settings.global_batch_size,
         micro_batch=settings.micro_batch_size,
         world_size=world_size(),
@@ -77,6 +77,7 @@ def train(
     world: World,
 ) -> None:
     console = start_logging(world.is_main)
+    data.log_summary()
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     seed_all(Purpose.INITIAL_WEIGHTS, config["seed"])

@@ -113,7 +113,7 @@ def test_evaluation_shows_every_image_once_in_every_pass(image_root, world_size)
     loaders = [data.evaluation_batches(world(rank, world_size)) for rank in range(world_size)]
     for _ in range(3):
         targets = [t for loader in loaders for batch in loader for t in batch.targets.tolist()]
-        assert sorted(targets) == sorted(data.folders["val"].targets.tolist())
+        assert sorted(targets) == sorted(data.sources["val"].targets.tolist())
 
 
 def test_exif_does_not_turn_an_image(tmp_path, photos):

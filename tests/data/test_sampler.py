@@ -4,8 +4,18 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
+from timm.data.distributed_sampler import RepeatAugSampler
 
-from contextual_cnn.data.sampler import BatchPlan, TrainSampler, epoch_order, evaluation_batches
+from contextual_cnn.data.sampler import (
+    BatchPlan,
+    ShardWindows,
+    TrainSampler,
+    epoch_order,
+    evaluation_batches,
+    repeat_images,
+    windowed_order,
+)
 from contextual_cnn.errors import UserError
 from contextual_cnn.randomness import Purpose, uniform_rows
 
@@ -99,3 +109,71 @@ def test_rows_of_the_uniform_table_do_not_depend_on_how_it_is_read():
     big = uniform_rows(Purpose.IMAGE, 5, start=0, rows=20000, columns=4)
     assert abs(big.mean() - 0.5) < 0.005
     assert abs(np.corrcoef(big.T) - np.eye(4)).max() < 0.03
+
+
+@pytest.mark.parametrize("images", [24, 31, 100])
+@pytest.mark.parametrize("repeats", [1, 2, 3, 5, 24])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_repeated_augmentation_shows_fewer_images_each_several_times(images, repeats, world_size):
+    p = plan(images, 12, 12 // world_size // (3 if world_size < 4 else 1), world_size)
+    for epoch in range(2):
+        order = epoch_order(3, epoch, images)
+        shown, drawn = [], []
+        for step in range(epoch * p.steps_per_epoch, (epoch + 1) * p.steps_per_epoch):
+            batches = [TrainSampler(p, 3, rank, step, repeats=repeats) for rank in range(world_size)]
+            for n in range(p.accumulation):
+                for sampler in batches:
+                    shown.append(sampler[n].indices.tolist())
+                    drawn.append(sampler[n].start)
+        places = [index for batch in shown for index in batch]
+        total = p.steps_per_epoch * 12
+        assert len(places) == total  # as long as without repeats
+        assert sorted(drawn) == list(range(0, total, p.micro_batch))  # every copy has a place of its own to draw from
+        counts = {index: places.count(index) for index in order.tolist()}
+        expected = {index: min(repeats, max(0, total - repeats * i)) for i, index in enumerate(order.tolist())}
+        assert counts == expected
+        if p.micro_batch <= 12 // repeats:
+            assert all(len(set(batch)) == len(batch) for batch in shown)
+
+
+def test_repeats_choose_the_images_that_timms_sampler_chooses():
+    """timm's own order is put in place of ours: rank r's share of it is a global batch's r-th part."""
+    images, world_size, batch = 512, 2, 16
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(0)).numpy()
+    samplers = [RepeatAugSampler(range(images), world_size, rank, num_repeats=3) for rank in range(world_size)]
+    theirs = np.stack([list(sampler) for sampler in samplers]).reshape(world_size, -1, batch)
+    ours = repeat_images(order, 3, world_size * batch).reshape(-1, world_size * batch)
+    assert len(ours) == theirs.shape[1]
+    for step, of_step in enumerate(ours):
+        assert sorted(of_step) == sorted(theirs[:, step].reshape(-1))
+
+
+@pytest.mark.parametrize("at_a_time", [1, 2, 3, 7, 100])
+def test_windows_shuffle_shards_and_then_the_images_of_a_few_at_a_time(at_a_time):
+    sizes = np.array([5, 9, 1, 4, 0, 12, 6])
+    shard_of = np.repeat(np.arange(7), sizes)
+    seen = set()
+    for seed, epoch in itertools.product(range(2), range(20)):
+        order = windowed_order(seed, epoch, ShardWindows(sizes, at_a_time))
+        assert sorted(order) == list(range(37))
+        changes = [shard for shard, _ in itertools.groupby(shard_of[order])]
+        if at_a_time == 1:
+            assert len(changes) == len(set(changes))  # one shard after the other
+        windows, rest = [], list(shard_of[order])
+        while rest:  # a window ends where all of its shards do
+            window = set()
+            while rest and (not window or any(shard in window for shard in rest)):
+                window.add(rest.pop(0))
+            windows.append(window)
+        assert all(len(window) <= at_a_time for window in windows)
+        seen.add(tuple(order))
+    assert len(seen) == 40
+
+
+def test_a_sampler_of_windows_serves_every_image_once_on_any_number_of_ranks():
+    shards = ShardWindows(np.array([20, 30, 50]), 2)
+    for world_size in (1, 2, 3, 4):
+        p = plan(100, 12, 12 // world_size, world_size)
+        samplers = [TrainSampler(p, 0, rank, shards=shards) for rank in range(world_size)]
+        shown = [index for step in range(p.steps_per_epoch) for s in samplers for index in s[step].indices]
+        assert shown == windowed_order(0, 0, shards)[:96].tolist()

@@ -1,4 +1,4 @@
-"""From a folder of images to batches on the device."""
+"""From images on disk to batches on the device."""
 
 from contextual_cnn.data.augmentation import Augmentation
 from contextual_cnn.data.image_data import ImageData

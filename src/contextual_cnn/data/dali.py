@@ -1,7 +1,7 @@
 """The two DALI pipelines, training and evaluation, each one definition for CPU and GPU.
 
-An external source hands over paths and the numbers drawn for each image; DALI reads, decodes, crops, resizes
-and normalises. The graph holds no random operator and no reader, hence no state.
+An external source hands over encoded images and the numbers drawn for each; DALI decodes, crops, resizes and
+normalises. The graph holds no random operator and no reader, hence no state.
 Evaluation gives the crop that timm's transform gives (resize in integers, centre rounded half to even).
 """
 
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from contextual_cnn.contracts import Batch
 from contextual_cnn.data.augmentation import ATTEMPTS, Augmentation, draw
-from contextual_cnn.data.image_folder import ImageFolder
+from contextual_cnn.data.reader import BatchReader
 from contextual_cnn.data.sampler import TrainSampler, evaluation_batches
+from contextual_cnn.data.sources import ImageSource
 from contextual_cnn.errors import UserError
 
 try:
@@ -29,7 +30,7 @@ except ImportError as error:
 
 
 def train_batches(
-    folder: ImageFolder,
+    images: ImageSource,
     sampler: TrainSampler,
     augmentation: Augmentation,
     *,
@@ -42,10 +43,13 @@ def train_batches(
 ) -> Iterator[Batch]:
     """One rank's endless batches; images (B, 3, size, size) float32 channels_last, targets (B,)."""
 
+    reader = BatchReader(images, lambda number: sampler[number].indices)
+
     def source(info) -> tuple:
         batch = sampler[info.iteration]
         draws = draw(augmentation, sampler.seed, batch)
-        return (*_files(folder, batch.indices), draws.height, draws.width, draws.place, draws.flip)
+        targets = images.targets[batch.indices]
+        return (reader[info.iteration], targets, draws.height, draws.width, draws.place, draws.flip)
 
     pipeline = _train_pipeline(
         source,
@@ -66,7 +70,7 @@ class EvaluationBatches:
 
     def __init__(
         self,
-        folder: ImageFolder,
+        images: ImageSource,
         *,
         rank: int,
         world_size: int,
@@ -79,14 +83,16 @@ class EvaluationBatches:
         prefetch: int,
         device: torch.device,
     ) -> None:
-        self.images = len(folder)
-        shares = list(evaluation_batches(len(folder), batch_size, rank, world_size))
+        self.images = len(images)
+        shares = list(evaluation_batches(len(images), batch_size, rank, world_size))
         self._batches_per_pass = len(shares)
         if not shares:  # more ranks than images
             return
 
+        reader = BatchReader(images, lambda number: shares[number % len(shares)])
+
         def source(info) -> tuple:
-            return _files(folder, shares[info.iteration % len(shares)])
+            return reader[info.iteration], images.targets[shares[info.iteration % len(shares)]]
 
         pipeline = _evaluation_pipeline(
             source,
@@ -106,7 +112,7 @@ class EvaluationBatches:
 
 @pipeline_def
 def _train_pipeline(source: Callable, *, augmentation: Augmentation, image_size: int, normalise: dict, on: str):
-    path, target, heights, widths, place, flip = fn.external_source(
+    encoded, target, heights, widths, place, flip = fn.external_source(
         source,
         num_outputs=6,
         batch=True,
@@ -114,7 +120,6 @@ def _train_pipeline(source: Callable, *, augmentation: Augmentation, image_size:
         dtype=[types.UINT8, types.INT64, types.FLOAT, types.FLOAT, types.FLOAT, types.INT32],
         ndim=[1, 0, 1, 1, 1, 0],
     )
-    encoded = fn.io.file.read(path)
     anchor, shape = _random_crop(*_size_of(encoded), heights, widths, place, augmentation.ratio)
     images = fn.decoders.image_slice(
         encoded,
@@ -133,10 +138,9 @@ def _train_pipeline(source: Callable, *, augmentation: Augmentation, image_size:
 
 @pipeline_def
 def _evaluation_pipeline(source: Callable, *, image_size: int, resize_size: int, normalise: dict, on: str):
-    path, target = fn.external_source(
+    encoded, target = fn.external_source(
         source, num_outputs=2, batch=True, batch_info=True, dtype=[types.UINT8, types.INT64], ndim=[1, 0]
     )
-    encoded = fn.io.file.read(path)
     height, width = _size_of(encoded)
     # torchvision truncates the longer side to an integer; DALI's own resize_shorter keeps its fraction
     shorter = dali_math.min(height, width)
@@ -232,11 +236,6 @@ def _executor(batch_size: int, threads: int, prefetch: int, device: torch.device
         device_id=device.index if device.type == "cuda" else None,
         prefetch_queue_depth=prefetch,
     )
-
-
-def _files(folder: ImageFolder, indices: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    paths = [np.frombuffer(folder.path(i).encode(), np.uint8) for i in indices]
-    return paths, folder.targets[indices]
 
 
 def _iterate(pipeline, device: torch.device) -> Iterator[Batch]:

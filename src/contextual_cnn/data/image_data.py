@@ -1,43 +1,55 @@
 """The data of a run, as the config names it: a folder, how its images are made, and the two kinds of batches."""
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from contextual_cnn.contracts import Batch
 from contextual_cnn.data.augmentation import Augmentation
-from contextual_cnn.data.image_folder import open_image_folder
-from contextual_cnn.data.sampler import BatchPlan, TrainSampler
+from contextual_cnn.data.sampler import BatchPlan, ShardWindows, TrainSampler
+from contextual_cnn.data.sources import ImageSource, Layout, find_layout, open_source, read_exclude_list
 from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError
 
 if TYPE_CHECKING:
     from contextual_cnn.data.dali import EvaluationBatches
 
+log = logging.getLogger(__name__)
+
+_SPLITS = ("train", "val")
+
 
 class ImageData:
-    """A data set in ImageNet's layout, checked when it is opened.
+    """A data set, checked when it is opened.
 
     Args:
-        root: the folder with train/ and val/.
+        root: the folder with train/ and val/, or train.txt and val.txt.
+        layout: class folders, a list file, or tar shards; "auto" looks which it is.
+        exclude: a file with the names of images to leave out, or None.
         image_size: side of the model's input, in pixels.
         crop_pct: evaluation resizes the shorter side to image_size / crop_pct, then crops the centre.
         mean, std: of the normalisation, for values in 0..1.
         threads: decoding threads per process; None takes the process's share of the cores, at most 8.
         prefetch: batches that the pipeline is ahead.
         eval_batch_size: images per process.
+        repeats: how often an epoch shows an image, each time drawn anew; it is as long as ever, with fewer images.
+        shuffle_shards: None shuffles an epoch as a whole; N shuffles the shards, then the images of N shards at a
+            time, so that a network file system reads N files at a time and not all of them.
 
     Raises:
-        UserError: a folder that is not there or not laid out as it should be.
+        UserError: what is not there, or not as it should be.
     """
 
     def __init__(
         self,
-        splits: Sequence[str] = ("train", "val"),
+        splits: Sequence[str] = _SPLITS,
         classes: tuple[str, ...] | None = None,
         *,
         root: str,
+        layout: Literal["auto", "folders", "list", "shards"] = "auto",
+        exclude: str | None = None,
         image_size: int = 224,
         crop_pct: float = 0.875,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
@@ -45,6 +57,8 @@ class ImageData:
         threads: int | None = None,
         prefetch: int = 2,
         eval_batch_size: int = 128,
+        repeats: int = 1,
+        shuffle_shards: int | None = None,
     ) -> None:
         if image_size < 32:
             raise UserError(
@@ -53,11 +67,22 @@ class ImageData:
             )
         if not 0 < crop_pct <= 1:
             raise UserError(f"data.crop_pct is a share between 0 and 1, got {crop_pct}", "data.crop_pct=0.875")
-        self.folders = {}
+        for key, value in (("repeats", repeats), ("shuffle_shards", shuffle_shards)):
+            if value is not None and value < 1:
+                raise UserError(f"data.{key} must be 1 or more, got {value}", f"data.{key}=1")
+        self.root = Path(root).expanduser().absolute()
+        self.layout: Layout = find_layout(self.root, splits[0]) if layout == "auto" else layout
+        if shuffle_shards is not None and "train" in splits and self.layout != "shards":
+            raise UserError(f"data.shuffle_shards: {root} has no tar shards", "data.shuffle_shards=null")
+        self._excluded = read_exclude_list(Path(exclude).expanduser()) if exclude is not None else frozenset()
+        self._left_out: set[str] = set()
+        self.sources: dict[str, ImageSource] = {}
         for split in splits:
-            self.folders[split] = open_image_folder(Path(root).expanduser().absolute(), split, classes)
-            classes = self.folders[split].classes
+            source = open_source(self.root, split, self.layout, classes)
+            classes = source.classes
+            self.sources[split] = self._without_excluded(source, split)
         self.classes = classes
+        self.repeats, self.shuffle_shards = repeats, shuffle_shards
         self.image_size, self.crop_pct, self.eval_batch_size = image_size, crop_pct, eval_batch_size
         self._image = dict(image_size=image_size, mean=mean, std=std)
         self._threads, self._prefetch = threads, prefetch
@@ -66,21 +91,34 @@ class ImageData:
     def num_classes(self) -> int:
         return len(self.classes)
 
+    def log_summary(self) -> None:
+        """Says what was found, once logging has started."""
+        kind = {"folders": "class folders", "list": "list files", "shards": "tar shards"}[self.layout]
+        counts = ", ".join(f"{split} {len(source)} images" for split, source in self.sources.items())
+        log.info("%s: %s, %d classes, %s, %d left out", self.root, kind, self.num_classes, counts, len(self._left_out))
+        # names of a split that is not open now are no mistake
+        closed = tuple(f"{split}/" for split in _SPLITS if split not in self.sources)
+        unknown = sorted(name for name in self._excluded - self._left_out if not name.startswith(closed))
+        if unknown:
+            log.warning("data.exclude lists %d names that are not there, such as %s", len(unknown), unknown[0])
+
     def train_batches(
         self, plan: BatchPlan, augmentation: Augmentation, seed: int, world: World, first_step: int
     ) -> Iterator[Batch]:
         """This rank's endless micro-batches from a step on."""
         from contextual_cnn.data.dali import train_batches  # after the checks: importing DALI takes seconds
 
-        sampler = TrainSampler(plan, seed, world.rank, first_step)
-        return train_batches(self.folders["train"], sampler, augmentation, **self._image, **self._running_on(world))
+        source = self.sources["train"]
+        shards = ShardWindows(source.shard_sizes, self.shuffle_shards) if self.shuffle_shards else None
+        sampler = TrainSampler(plan, seed, world.rank, first_step, repeats=self.repeats, shards=shards)
+        return train_batches(source, sampler, augmentation, **self._image, **self._running_on(world))
 
     def evaluation_batches(self, world: World) -> "EvaluationBatches":
         """This rank's share of the val split, as often as it is iterated."""
         from contextual_cnn.data.dali import EvaluationBatches
 
         return EvaluationBatches(
-            self.folders["val"],
+            self.sources["val"],
             rank=world.rank,
             world_size=world.size,
             batch_size=self.eval_batch_size,
@@ -88,6 +126,16 @@ class ImageData:
             **self._image,
             **self._running_on(world),
         )
+
+    def _without_excluded(self, source: ImageSource, split: str) -> ImageSource:
+        if not self._excluded:
+            return source
+        names = [source.name(index) for index in range(len(source))]
+        kept = [index for index, name in enumerate(names) if name not in self._excluded]
+        self._left_out |= self._excluded.intersection(names)
+        if not kept:
+            raise UserError(f"data.exclude leaves no image in {split}", "data.exclude=null")
+        return source.take(kept)
 
     def _running_on(self, world: World) -> dict:
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

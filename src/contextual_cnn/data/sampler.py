@@ -1,7 +1,8 @@
 """Which image goes where: pure arithmetic from (seed, step, rank) to indices. No state, so nothing to resume.
 
 An epoch is one permutation of the images, cut into global batches; the rest of less than a batch is left out,
-another rest in every epoch. A global batch is cut into micro-batches, numbered over the whole run:
+another rest in every epoch. (With repeats, an epoch is as long and shows fewer images, each several times.)
+A global batch is cut into micro-batches, numbered over the whole run:
 
     global batch of step s = micro-batches s*A*R .. (s+1)*A*R - 1        A accumulation, R ranks
     rank r computes the micro-batches (s*A + a)*R + r                    a = 0 .. A-1
@@ -97,10 +98,27 @@ class MicroBatch:
 
 
 class TrainSampler:
-    """The endless sequence of one rank's micro-batches, readable from any step."""
+    """The endless sequence of one rank's micro-batches, readable from any step.
 
-    def __init__(self, plan: BatchPlan, seed: int, rank: int, first_step: int = 0) -> None:
+    Args:
+        first_step: where the sequence begins.
+        repeats: how often an epoch shows an image.
+        shards: how an epoch is shuffled where the images lie in shards; None shuffles it as a whole.
+    """
+
+    def __init__(
+        self,
+        plan: BatchPlan,
+        seed: int,
+        rank: int,
+        first_step: int = 0,
+        *,
+        repeats: int = 1,
+        shards: "ShardWindows | None" = None,
+    ) -> None:
         self.plan, self.seed, self.rank, self.first_step = plan, seed, rank, first_step
+        self._repeats, self._shards = repeats, shards
+        self._order = lru_cache(maxsize=2)(self._make_order)  # reading ahead looks into the next epoch
 
     def __getitem__(self, n: int) -> MicroBatch:
         """The n-th micro-batch of this rank since `first_step`."""
@@ -108,16 +126,59 @@ class TrainSampler:
         step, accumulated = self.first_step + n // plan.accumulation, n % plan.accumulation
         epoch, step_in_epoch = divmod(step, plan.steps_per_epoch)
         start = plan.micro_batch_number(step_in_epoch, accumulated, self.rank) * plan.micro_batch
-        order = epoch_order(self.seed, epoch, plan.images)
-        return MicroBatch(epoch, start, order[start : start + plan.micro_batch])
+        return MicroBatch(epoch, start, self._order(epoch)[start : start + plan.micro_batch])
+
+    def _make_order(self, epoch: int) -> np.ndarray:
+        if self._shards is None:
+            order = epoch_order(self.seed, epoch, self.plan.images)
+        else:
+            order = windowed_order(self.seed, epoch, self._shards)
+        order = repeat_images(order, self._repeats, self.plan.global_batch)
+        order.setflags(write=False)
+        return order
 
 
-@lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
     """The permutation of an epoch, the same on every rank."""
-    order = generator(Purpose.EPOCH_ORDER, seed, epoch).permutation(images)
-    order.setflags(write=False)
-    return order
+    return generator(Purpose.EPOCH_ORDER, seed, epoch).permutation(images)
+
+
+@dataclass(frozen=True)
+class ShardWindows:
+    """sizes: images of each shard, whose indices follow one another. at_a_time: shards that are shuffled together."""
+
+    sizes: np.ndarray
+    at_a_time: int
+
+
+def windowed_order(seed: int, epoch: int, shards: ShardWindows) -> np.ndarray:
+    """A permutation that is done with a few shards before it comes to the next: shards shuffled, then their images."""
+    draws = generator(Purpose.EPOCH_ORDER, seed, epoch)
+    ends = np.cumsum(shards.sizes)
+    shuffled = draws.permutation(len(ends))
+    windows = [shuffled[i : i + shards.at_a_time] for i in range(0, len(ends), shards.at_a_time)]
+    return np.concatenate(
+        [
+            draws.permutation(np.concatenate([np.arange(ends[i] - shards.sizes[i], ends[i]) for i in window]))
+            for window in windows
+        ]
+    )
+
+
+def repeat_images(order: np.ndarray, repeats: int, global_batch: int) -> np.ndarray:
+    """Repeated augmentation: the first images of an epoch `repeats` times each, in the same number of steps.
+
+    As timm's RepeatAugSampler, every image is followed by its copies, which fall into one global batch (at its end,
+    into two) but to different ranks. Here a global batch is laid out copy by copy instead of rank by rank, so that
+    its order depends on no number of ranks: copies are about global_batch / repeats places apart, hence in different
+    micro-batches unless these are larger.
+    """
+    if repeats == 1:
+        return order
+    steps = len(order) // global_batch
+    followed_by_copies = np.repeat(order[: -(-len(order) // repeats)], repeats)
+    batches = followed_by_copies[: steps * global_batch].reshape(steps, global_batch)
+    return np.concatenate([batches[:, copy::repeats] for copy in range(repeats)], axis=1).reshape(-1)
 
 
 def evaluation_batches(images: int, batch_size: int, rank: int, world_size: int) -> Iterator[np.ndarray]:

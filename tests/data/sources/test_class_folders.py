@@ -2,7 +2,7 @@
 
 import pytest
 
-from contextual_cnn.data.image_folder import open_image_folder
+from contextual_cnn.data.sources.class_folders import open_class_folders
 from contextual_cnn.errors import UserError
 
 
@@ -23,7 +23,7 @@ def test_classes_and_images_are_sorted_and_strangers_passed_over(tmp_path):
         "train/.git/y.jpg",
         "train/a/._x.png",
     )
-    folder = open_image_folder(tmp_path, "train")
+    folder = open_class_folders(tmp_path, "train")
     assert folder.classes == ("a", "b")
     assert folder.paths == ("train/a/x.png", "train/b/1.jpg", "train/b/2.JPEG")
     assert folder.targets.tolist() == [0, 1, 1]
@@ -31,7 +31,7 @@ def test_classes_and_images_are_sorted_and_strangers_passed_over(tmp_path):
 
 def test_targets_refer_to_the_given_classes(tmp_path):
     make(tmp_path, "val/b/1.jpg", "val/a/1.jpg")
-    assert open_image_folder(tmp_path, "val", ("b", "a")).targets.tolist() == [0, 1]
+    assert open_class_folders(tmp_path, "val", ("b", "a")).targets.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -45,12 +45,12 @@ def test_targets_refer_to_the_given_classes(tmp_path):
 )
 def test_what_was_looked_for_and_found_is_said(tmp_path, files, message):
     with pytest.raises(UserError, match=message):
-        open_image_folder(make(tmp_path, *files), "train")
+        open_class_folders(make(tmp_path, *files), "train")
 
 
 def test_missing_root_and_other_classes(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
-        open_image_folder(tmp_path / "nowhere", "train")
+        open_class_folders(tmp_path / "nowhere", "train")
     make(tmp_path, "val/a/1.jpg", "val/c/1.jpg")
     with pytest.raises(UserError, match="unexpected: c; missing: b"):
-        open_image_folder(tmp_path, "val", ("a", "b"))
+        open_class_folders(tmp_path, "val", ("a", "b"))

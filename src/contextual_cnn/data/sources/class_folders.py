@@ -1,38 +1,22 @@
-"""ImageNet's layout on disk: ROOT/train/CLASS/IMAGE and ROOT/val/CLASS/IMAGE; listing and checks, no decoding."""
+"""Class folders, ImageNet's layout: ROOT/train/CLASS/IMAGE and ROOT/val/CLASS/IMAGE."""
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from contextual_cnn.data.sources.source import ImageFiles
 from contextual_cnn.errors import UserError
 
 _EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
-_LAYOUT = "the layout is ROOT/train/CLASS/IMAGE.jpg and ROOT/val/CLASS/IMAGE.jpg; set data.root=ROOT"
+_LAYOUT = (
+    "set data.root=ROOT of ROOT/train/CLASS/IMAGE.jpg and ROOT/val/CLASS/IMAGE.jpg; lists and tar shards: "
+    "docs/prepare-data.md"
+)
 
 
-@dataclass(frozen=True)
-class ImageFolder:
-    """The images of one split, sorted by class and name, so that an index means the same image on every machine.
-
-    paths: relative to root. targets: (N,) int64, the position of an image's class in `classes`.
-    """
-
-    root: Path
-    classes: tuple[str, ...]
-    paths: tuple[str, ...]
-    targets: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def path(self, index: int) -> str:
-        return f"{self.root}/{self.paths[index]}"
-
-
-def open_image_folder(root: Path, split: str, classes: tuple[str, ...] | None = None) -> ImageFolder:
-    """Lists one split.
+def open_class_folders(root: Path, split: str, classes: tuple[str, ...] | None = None) -> ImageFiles:
+    """Lists one split, sorted by class and name, so that an index means the same image on every machine.
 
     Hidden files and folders and files that are no images are passed over.
 
@@ -47,7 +31,11 @@ def open_image_folder(root: Path, split: str, classes: tuple[str, ...] | None = 
         raise UserError(f"data.root: looked for the folder {folder}, found {_describe(root)}", _LAYOUT)
     found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not found:
-        hint = "a flat folder of images must be sorted into one folder per class" if _images_in(folder) else _LAYOUT
+        hint = (
+            f"a flat folder of images needs a list of their classes, {root / split}.txt"
+            if _images_in(folder)
+            else _LAYOUT
+        )
         raise UserError(f"data.root: {folder} has no class folders, found {_describe(folder)}", hint)
     if classes is not None and set(found) != set(classes):
         raise UserError(
@@ -64,7 +52,7 @@ def open_image_folder(root: Path, split: str, classes: tuple[str, ...] | None = 
             raise UserError(f"data.root: class folder {folder / name} has no images", "restore or remove the folder")
         paths += [f"{split}/{name}/{image}" for image in images]
         targets += [target] * len(images)
-    return ImageFolder(root, classes, tuple(paths), np.array(targets, dtype=np.int64))
+    return ImageFiles(root, classes, tuple(paths), np.array(targets, dtype=np.int64))
 
 
 def _images_in(folder: Path) -> list[str]:

@@ -1,0 +1,101 @@
+"""Whether an encoded image decodes, strictly, and what is unusual about it."""
+
+import hashlib
+import io
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+from PIL import Image, ImageFile
+
+from contextual_cnn.data.sources import ImageSource
+
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")  # what the pipeline decodes; GIF it does not
+_EXTENSIONS = {"JPEG": (".jpeg", ".jpg"), "TIFF": (".tif", ".tiff"), "PPM": (".ppm",)}
+_ORIENTATION = 0x0112
+_HUGE = 50_000_000  # pixels; above twice PIL's limit (179 million) an image counts as a decompression bomb
+
+
+@dataclass
+class ImageReport:
+    """What was found in some images.
+
+    bad: (name, reason) of those that cannot be read or decoded. kinds: how many of each kind. unusual: (name, kind)
+    of every kind but plain JPEG. digests: (hash of the bytes, name), where asked for.
+    """
+
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    kinds: Counter = field(default_factory=Counter)
+    unusual: list[tuple[str, str]] = field(default_factory=list)
+    digests: list[tuple[bytes, str]] = field(default_factory=list)
+
+    @classmethod
+    def merge(cls, reports: Iterable["ImageReport"]) -> "ImageReport":
+        whole = cls()
+        for report in reports:
+            whole.bad += report.bad
+            whole.kinds += report.kinds
+            whole.unusual += report.unusual
+            whole.digests += report.digests
+        return whole
+
+
+def check_images(with_digests: bool, source: ImageSource) -> ImageReport:
+    """Reads and decodes every image of a source; one that fails is reported, and the others are still looked at."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # whatever an imported library thinks of it
+    report = ImageReport()
+    for index in range(len(source)):
+        name = source.name(index)
+        try:
+            encoded = source.read(index)
+            kinds = image_kinds(encoded, name)
+        except Exception as error:  # a decoder raises anything from OSError to struct.error
+            report.bad.append((name, _reason(error)))
+            continue
+        report.kinds.update(kinds)
+        report.unusual += [(name, kind) for kind in kinds if kind != "JPEG"]
+        if with_digests:
+            report.digests.append((hashlib.blake2b(encoded, digest_size=16).digest(), name))
+    return report
+
+
+def image_kinds(encoded: bytes, name: str) -> list[str]:
+    """Format and peculiarities of an image that decodes to its last pixel; one that does not raises some error."""
+    if not encoded:
+        raise OSError("empty file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about EXIF and sizes; what matters of it is reported
+        with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+            image.load()
+            kind = "JPEG" if image.format == "MPO" else image.format  # a JPEG with a second picture behind it
+            peculiarities = {
+                "CMYK": image.mode == "CMYK",
+                "grey": image.mode in ("1", "L", "LA", "I", "F", "I;16", "I;16B"),
+                "alpha or palette": image.mode in ("LA", "RGBA", "P", "PA"),
+                "16 bits": image.mode.startswith("I;16") or (kind == "PNG" and encoded[24] == 16),
+                "turned by EXIF": _is_turned(image),
+                "animated": kind != "JPEG" and getattr(image, "n_frames", 1) > 1,
+                "huge": image.width * image.height > _HUGE,
+                f"{kind} by another name": not _is_named(name, kind),
+            }
+    return [kind, *(peculiarity for peculiarity, applies in peculiarities.items() if applies)]
+
+
+def _is_turned(image: Image.Image) -> bool:
+    with suppress(Exception):  # damaged EXIF raises anything, and nothing here depends on it
+        return image.getexif().get(_ORIENTATION, 1) != 1
+    return False
+
+
+def _is_named(name: str, kind: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in _EXTENSIONS.get(kind, (f".{kind.lower()}",))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return "not an image that the pipeline decodes" if "cannot identify image file" in text else text

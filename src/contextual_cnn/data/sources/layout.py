@@ -1,0 +1,52 @@
+"""Which layout a root has, and opening a split of it."""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from contextual_cnn.data.sources.class_folders import open_class_folders
+from contextual_cnn.data.sources.file_list import open_file_list
+from contextual_cnn.data.sources.source import ImageSource
+from contextual_cnn.data.sources.tar_shards import open_tar_shards, shards_of
+from contextual_cnn.errors import UserError
+
+Layout = Literal["folders", "list", "shards"]
+
+_OPEN = {"folders": open_class_folders, "list": open_file_list, "shards": open_tar_shards}
+
+
+def find_layout(root: Path, split: str) -> Layout:
+    """Looks which layout a split has; class folders where it finds none, for their messages say what is missing.
+
+    Raises:
+        UserError: more than one layout.
+    """
+    found = {
+        "folders": _has_folders(root / split),
+        "list": (root / f"{split}.txt").is_file(),
+        "shards": bool(shards_of(root, split)),
+    }
+    layouts = [layout for layout, is_there in found.items() if is_there]
+    if len(layouts) > 1:
+        raise UserError(
+            f"data.root: {root} has {split} as {' and as '.join(layouts)}", f"data.layout={layouts[0]}, or another root"
+        )
+    return layouts[0] if layouts else "folders"
+
+
+def open_source(root: Path, split: str, layout: Layout, classes: tuple[str, ...] | None = None) -> ImageSource:
+    """Opens a split.
+
+    Args:
+        classes: the classes that the targets refer to; None takes the split's own.
+
+    Raises:
+        UserError: what was looked for and what was found instead.
+    """
+    return _OPEN[layout](root, split, classes)
+
+
+def _has_folders(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    return any(entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(folder))

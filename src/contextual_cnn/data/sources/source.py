@@ -1,0 +1,58 @@
+"""What every source of images offers, so that one sampler, one reader and one check serve them all."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+class ImageSource(ABC):
+    """The encoded images of one split, in a fixed order and readable in any other.
+
+    Threads may read from it at once; a copy sent to another process reads too.
+
+    Attributes:
+        classes: the names of the classes.
+        targets: (N,) int64, the position of an image's class in `classes`.
+    """
+
+    classes: tuple[str, ...]
+    targets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What messages and exclude lists call an image: its path below the root, `:` and a member for an archive."""
+
+    @abstractmethod
+    def read(self, index: int) -> bytes:
+        """The encoded image. Raises OSError."""
+
+    @abstractmethod
+    def take(self, indices: Sequence[int]) -> "ImageSource":
+        """The same source with these images only, in this order."""
+
+
+@dataclass(frozen=True)
+class ImageFiles(ImageSource):
+    """Images that are files. paths: relative to root, with forward slashes."""
+
+    root: Path
+    classes: tuple[str, ...]
+    paths: tuple[str, ...]
+    targets: np.ndarray
+
+    def name(self, index: int) -> str:
+        return self.paths[index]
+
+    def read(self, index: int) -> bytes:
+        with open(f"{self.root}/{self.paths[index]}", "rb", buffering=0) as file:
+            return file.readall()
+
+    def take(self, indices: Sequence[int]) -> "ImageFiles":
+        paths = tuple(self.paths[index] for index in indices)
+        return ImageFiles(self.root, self.classes, paths, self.targets[np.asarray(indices, dtype=np.int64)])

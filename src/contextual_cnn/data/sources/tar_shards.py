@@ -1,0 +1,145 @@
+"""Webdataset tar shards, ROOT/train/*.tar and ROOT/val/*.tar, read in any order like files."""
+
+import os
+import resource
+import threading
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from contextual_cnn.data.sources.class_names import check_no_class_is_empty, number_classes, read_class_names
+from contextual_cnn.data.sources.shard_index import read_shard_index
+from contextual_cnn.data.sources.source import ImageSource
+from contextual_cnn.errors import UserError
+
+_INDEX_READERS = 16
+
+
+def shards_of(root: Path, split: str) -> list[Path]:
+    """The shards of a split in sorted order; none where there is no such folder."""
+    return sorted(path for path in (root / split).glob("*.tar") if not path.name.startswith("."))
+
+
+def open_tar_shards(root: Path, split: str, classes: tuple[str, ...] | None = None) -> "TarShards":
+    """Reads the indices of a split's shards.
+
+    Args:
+        classes: the classes that the .cls members refer to; None takes classes.txt, or numbers.
+
+    Raises:
+        UserError: naming the shard.
+    """
+    shards = shards_of(root, split)
+    if not shards:
+        raise UserError(
+            f"data.root: there are no shards {root / split}/*.tar", "set data.root=ROOT of ROOT/train/*.tar"
+        )
+    names = read_class_names(root, classes)
+    with ThreadPoolExecutor(_INDEX_READERS) as pool:
+        indices = list(pool.map(read_shard_index, shards))
+    targets = np.concatenate([index.targets for index in indices])
+    for shard, index in zip(shards, indices, strict=True):
+        if names is not None and index.targets.max() >= len(names):
+            raise UserError(
+                f"{shard} holds class {index.targets.max()}, but there are {len(names)} classes, 0 to {len(names) - 1}",
+                f"correct {root / 'classes.txt'}",
+            )
+    names = names if names is not None else number_classes(targets)
+    if classes is None:
+        check_no_class_is_empty(names, targets, root / split)
+    return TarShards(
+        root,
+        names,
+        targets,
+        files=_OpenFiles([str(shard) for shard in shards]),
+        shard_of=np.repeat(np.arange(len(shards)), [len(index.names) for index in indices]),
+        offsets=np.concatenate([index.offsets for index in indices]),
+        sizes=np.concatenate([index.sizes for index in indices]),
+        members=tuple(name for index in indices for name in index.names),
+    )
+
+
+class TarShards(ImageSource):
+    """Images in tars. files: the tars; shard_of, offsets, sizes (N,) and members: where an image is in which."""
+
+    def __init__(
+        self,
+        root: Path,
+        classes: tuple[str, ...],
+        targets: np.ndarray,
+        *,
+        files: "_OpenFiles",
+        shard_of: np.ndarray,
+        offsets: np.ndarray,
+        sizes: np.ndarray,
+        members: tuple[str, ...],
+    ) -> None:
+        self.root, self.classes, self.targets = root, classes, targets
+        self.shard_of = shard_of
+        self._files, self._offsets, self._sizes, self._members = files, offsets, sizes, members
+
+    @property
+    def shard_sizes(self) -> np.ndarray:
+        """Images in each shard."""
+        return np.bincount(self.shard_of, minlength=len(self._files.paths))
+
+    def name(self, index: int) -> str:
+        shard = os.path.relpath(self._files.paths[self.shard_of[index]], self.root)
+        return f"{shard}:{self._members[index]}"
+
+    def read(self, index: int) -> bytes:
+        size = int(self._sizes[index])
+        data = self._files.read(int(self.shard_of[index]), size, int(self._offsets[index]))
+        if len(data) < size:
+            raise OSError(f"the shard ends {size - len(data)} bytes too early")
+        return data
+
+    def take(self, indices: Sequence[int]) -> "TarShards":
+        indices = np.asarray(indices, dtype=np.int64)
+        return TarShards(
+            self.root,
+            self.classes,
+            self.targets[indices],
+            files=self._files,
+            shard_of=self.shard_of[indices],
+            offsets=self._offsets[indices],
+            sizes=self._sizes[indices],
+            members=tuple(self._members[index] for index in indices),
+        )
+
+
+class _OpenFiles:
+    """Files that stay open, because opening one costs a round trip on a network file system.
+
+    Half of what the process may open; the others are opened for each read.
+    """
+
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+        self._room = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+        self._lock = threading.Lock()
+        self._descriptors: dict[int, int] = {}
+        weakref.finalize(self, _close_all, self._descriptors)
+
+    def __reduce__(self) -> tuple:
+        return _OpenFiles, (self.paths,)
+
+    def read(self, number: int, size: int, offset: int) -> bytes:
+        """Up to `size` bytes; pread has no position that threads would share."""
+        if number in self._descriptors:
+            return os.pread(self._descriptors[number], size, offset)
+        with self._lock:
+            if number not in self._descriptors and len(self._descriptors) < self._room:
+                self._descriptors[number] = os.open(self.paths[number], os.O_RDONLY)
+        if number in self._descriptors:
+            return os.pread(self._descriptors[number], size, offset)
+        with open(self.paths[number], "rb", buffering=0) as file:
+            return os.pread(file.fileno(), size, offset)
+
+
+def _close_all(descriptors: dict[int, int]) -> None:
+    for descriptor in descriptors.values():
+        os.close(descriptor)

@@ -1,0 +1,69 @@
+"""Lists of files: what a line means, and which file and line a mistake is in."""
+
+import pytest
+
+from contextual_cnn.data.sources.file_list import open_file_list
+from contextual_cnn.errors import UserError
+
+
+def make(root, lines, classes=None, split="train"):
+    (root / "img").mkdir(exist_ok=True)
+    for name in ("a.jpg", "b c.jpg"):
+        (root / "img" / name).write_bytes(b"x")
+    (root / f"{split}.txt").write_text("".join(f"{line}\n" for line in lines))
+    if classes is not None:
+        (root / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
+    return root
+
+
+def test_lines_are_path_and_class_in_the_lists_order(tmp_path):
+    source = open_file_list(make(tmp_path, ["img/b c.jpg 1", "", "./img//a.jpg   0"], ["cat", "dog"]), "train")
+    assert source.paths == ("img/b c.jpg", "img/a.jpg")
+    assert source.targets.tolist() == [1, 0]
+    assert source.classes == ("cat", "dog")
+    assert source.read(1) == b"x"
+
+
+def test_classes_without_names_are_numbered_and_val_may_lack_some(tmp_path):
+    make(tmp_path, ["img/a.jpg 1", "img/b c.jpg 0"])
+    train = open_file_list(make(tmp_path, ["img/a.jpg 1"], split="val"), "train")
+    assert train.classes == ("0", "1")
+    assert open_file_list(tmp_path, "val", train.classes).classes == ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("lines", "classes", "message"),
+    [
+        (["img/a.jpg 0", "img/b.jpg"], None, r"train\.txt, line 2: .*is not `relative/path class_index`"),
+        (["img/a.jpg cat"], None, "line 1"),
+        (["img/a.jpg -1"], None, "line 1"),
+        (["img/a.jpg 99999999999999999999"], None, "line 1"),
+        (["img/a.jpg 0", "/etc/passwd 0"], None, "line 2: '/etc/passwd' is no path below the root"),
+        (["img/../../x.jpg 0"], None, "line 1: .* is no path below the root"),
+        (["img/\x1b[2Jx.jpg 0"], None, "line 1: .* is no path below the root"),
+        (["img/a.jpg 0", "img/x.jpg 0", "./img/a.jpg 0"], None, "line 3: img/a.jpg is in line 1 already"),
+        (["img/a.jpg 2"], ["cat", "dog"], "line 1: class 2, but there are 2 classes, 0 to 1"),
+        (["img/a.jpg 0", "img/b.jpg 2"], None, r"1 of 3 classes have no image, the first is class 1 \(1\)"),
+        (["img/a.jpg 0"], ["cat", "dog"], r"the first is class 1 \(dog\)"),
+        (["img/a.jpg 0"], ["cat", ""], r"classes\.txt, line 2: no name"),
+        (["img/a.jpg 0"], ["cat", "cat"], r"classes\.txt, line 2: the class cat again"),
+        ([], None, "lists no images"),
+        (["imgs/a.jpg 0"], None, "there is no file .*imgs/a.jpg"),
+    ],
+)
+def test_a_mistake_is_named_with_its_line(tmp_path, lines, classes, message):
+    with pytest.raises(UserError, match=message):
+        open_file_list(make(tmp_path, lines, classes), "train")
+
+
+def test_other_classes_than_the_models_are_refused(tmp_path):
+    make(tmp_path, ["img/a.jpg 0"], ["dog", "cat"], split="val")
+    with pytest.raises(UserError, match="2 classes that are not, in this order, the 2 expected"):
+        open_file_list(tmp_path, "val", ("cat", "dog"))
+
+
+def test_a_list_that_is_no_text_is_refused(tmp_path):
+    make(tmp_path, ["img/a.jpg 0"])
+    (tmp_path / "train.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="cannot be read as a text file"):
+        open_file_list(tmp_path, "train")

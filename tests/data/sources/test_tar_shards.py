@@ -1,0 +1,215 @@
+"""Webdataset shards: DALI's own tools as witnesses, and tars and indices that lie."""
+
+import io
+import os
+import tarfile
+
+import pytest
+from wds2idx import IndexCreator
+
+from contextual_cnn.data.sources.shard_index import read_shard_index, write_shard
+from contextual_cnn.data.sources.tar_members import list_tar
+from contextual_cnn.data.sources.tar_shards import open_tar_shards
+from contextual_cnn.errors import UserError
+
+SAMPLES = [(f"n{i:03d}.jpg", bytes([i]) * (100 + 400 * i), i % 3) for i in range(7)]
+
+
+@pytest.fixture
+def shard(tmp_path):
+    (tmp_path / "train").mkdir()
+    write_shard(tmp_path / "train" / "a.tar", SAMPLES)
+    return tmp_path / "train" / "a.tar"
+
+
+def read_all(shard):
+    source = open_tar_shards(shard.parent.parent, "train")
+    return [(source.name(i), source.read(i), int(source.targets[i])) for i in range(len(source))]
+
+
+EXPECTED = [(f"train/a.tar:{name}", image, target) for name, image, target in SAMPLES]
+
+
+@pytest.mark.parametrize("removed", [[], [".idx"], [".classes"], [".idx", ".classes"]])
+def test_samples_are_the_same_with_and_without_index(shard, removed):
+    for suffix in removed:
+        shard.with_suffix(suffix).unlink()
+    assert read_all(shard) == EXPECTED
+    assert sorted(path.suffix for path in shard.parent.iterdir()) == sorted({".tar", ".idx", ".classes"} - {*removed})
+
+
+def test_the_index_is_the_one_that_dalis_tool_writes(shard, tmp_path):
+    with IndexCreator(str(shard), str(tmp_path / "theirs.idx"), verbose=False) as creator:
+        creator.create_index()
+    assert (tmp_path / "theirs.idx").read_bytes() == shard.with_suffix(".idx").read_bytes()
+
+
+def test_dalis_webdataset_reader_reads_what_is_written(shard):
+    from nvidia.dali import fn, pipeline_def
+
+    @pipeline_def(batch_size=7, num_threads=1, device_id=None)
+    def pipeline():
+        return tuple(
+            fn.readers.webdataset(paths=[str(shard)], index_paths=[str(shard.with_suffix(".idx"))], ext=["jpg", "cls"])
+        )
+
+    built = pipeline()
+    built.build()
+    images, classes = built.run()
+    for i, (_, image, target) in enumerate(SAMPLES):
+        assert images.at(i).tobytes() == image
+        assert classes.at(i).tobytes() == b"%d" % target
+
+
+def test_any_writers_tar_is_read(tmp_path):
+    """Folders, upper-case and other extensions, long and foreign names, other members; several shards."""
+    (tmp_path / "train").mkdir()
+    long = "é" * 80 + "x" * 80
+    for number, format in enumerate((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)):
+        with tarfile.open(tmp_path / "train" / f"{number}.tar", "w", format=format) as archive:
+            folder = tarfile.TarInfo("./")
+            folder.type = tarfile.DIRTYPE
+            archive.addfile(folder)
+            for name, data in [
+                (f"./{long}.JPEG", b"1"),
+                (f"./{long}.cls", b"0\n"),
+                (f"./{long}.json", b"{}"),
+                ("b.seg.png", b"no"),
+                ("b.cls", b"1"),
+                ("b.png", b"2"),
+            ]:
+                add(archive, name, data)
+    source = open_tar_shards(tmp_path, "train")
+    assert [source.read(i) for i in range(4)] == [b"1", b"2"] * 2
+    assert source.targets.tolist() == [0, 1] * 2
+    assert source.shard_sizes.tolist() == [2, 2]
+    assert source.name(3) == "train/1.tar:b.png"
+
+
+def add(archive, name, data=b"x", **fields):
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    archive.addfile(info, io.BytesIO(data))
+
+
+HOSTILE = {
+    "parent": dict(name="../evil.jpg"),
+    "inner parent": dict(name="a/../../evil.jpg"),
+    "absolute": dict(name="/etc/evil.jpg"),
+    "control character": dict(name="evil\x1b[2J.jpg"),
+    "symlink": dict(name="a.jpg", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+    "hardlink": dict(name="a.jpg", type=tarfile.LNKTYPE, linkname="/etc/passwd"),
+    "device": dict(name="a.jpg", type=tarfile.CHRTYPE, devmajor=1, devminor=5),
+    "fifo": dict(name="a.jpg", type=tarfile.FIFOTYPE),
+    "sparse": dict(name="a.jpg", pax_headers={"GNU.sparse.size": str(10**12), "GNU.sparse.map": "0,1"}),
+}
+
+
+@pytest.mark.parametrize("fields", HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_members_are_refused(tmp_path, fields):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        add(archive, "fine.jpg")
+        add(archive, **fields)
+    with pytest.raises(UserError, match=r"a\.tar holds "):
+        list_tar(tmp_path / "a.tar")
+
+
+def test_a_tar_cut_anywhere_is_refused(shard):
+    whole = shard.read_bytes()
+    end = max(member.offset + member.size for member in list_tar(shard))
+    shard.with_suffix(".idx").unlink()
+    for length in [*range(0, end, 256), *range(0, end, 512), end]:
+        shard.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"a\.tar"):
+            read_shard_index(shard)
+
+
+def test_a_damaged_header_is_not_taken_for_the_end(shard):
+    member = list_tar(shard)[4]
+    damaged = bytearray(shard.read_bytes())
+    damaged[member.offset - 512] ^= 1
+    shard.write_bytes(damaged)
+    with pytest.raises(UserError, match="no end mark"):
+        list_tar(shard)
+
+
+def replaced(old, new):
+    return lambda text: text.replace(old, new, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (replaced("v1.2", "v1.1"), "begins with 'v1.1 7'"),
+        (replaced("v1.2 7", "v1.2 8"), "begins with 'v1.2 8'"),
+        (lambda text: "", "begins with ''"),
+        (replaced("jpg 512 ", "jpg 99999999 "), "line 2: .* is not in .*a.tar"),
+        (replaced("jpg 512 ", "jpg -512 "), "line 2"),
+        (replaced("jpg 512 ", "jpg 0 "), "line 2"),
+        (replaced("jpg 512 100 ", "jpg 512 99999999 "), "line 2"),
+        (replaced("jpg 512 100 ", "jpg 512 "), r"line 2: not \(extension offset size name\)"),
+        (replaced("jpg 512 100 ", "jpg 1024 100 "), "holds something else"),
+        (replaced("jpg 512 100 n000", "jpg 512 100 n009"), "holds something else"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_tar_is_refused(shard, change, message):
+    index = shard.with_suffix(".idx")
+    index.write_text(change(index.read_text()))
+    with pytest.raises(UserError, match=message) as error:
+        read_shard_index(shard)
+    assert error.value.fix.startswith(f"remove {index}")
+
+
+@pytest.mark.parametrize("text", ["", "0 1", "0 1 2 0 1 2 2", "x 1 2 0 1 2 0", "0 1 -2 0 1 2 0"])
+def test_classes_that_do_not_fit_the_tar_are_refused(shard, text):
+    shard.with_suffix(".classes").write_text(text.replace(" ", "\n"))
+    with pytest.raises(UserError, match=r"a\.classes does not hold the classes of the 7 samples"):
+        read_shard_index(shard)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([], "holds no samples"),
+        ([("a.jpg", b"x")], "'a' has 1 images and 0 .cls"),
+        ([("a.cls", b"1")], "'a' has 0 images and 1 .cls"),
+        ([("a.jpg", b"x"), ("a.png", b"x"), ("a.cls", b"1")], "'a' has 2 images"),
+        ([("a.jpg", b"x"), ("b.cls", b"1")], "'a' has 1 images and 0"),
+        ([("a.jpg", b"x"), ("a.cls", b"cat")], r"'a\.cls' holds b'cat', no class index"),
+        ([("a.jpg", b"x"), ("a.cls", b"1" * 17)], "no class index"),
+        ([("a.jpg", b"x"), ("a.cls", b"0"), ("b.jpg", b"x"), ("b.cls", b"0")] * 2, "two samples of one name"),
+    ],
+)
+def test_incomplete_samples_are_named(tmp_path, members, message):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, data in members:
+            add(archive, name, data)
+    with pytest.raises(UserError, match=message):
+        read_shard_index(tmp_path / "a.tar")
+
+
+def test_classes_beyond_the_names_are_refused(shard):
+    (shard.parent.parent / "classes.txt").write_text("cat\ndog\n")
+    with pytest.raises(UserError, match=r"a\.tar holds class 2, but there are 2 classes"):
+        open_tar_shards(shard.parent.parent, "train")
+
+
+def test_more_shards_than_descriptors(tmp_path):
+    import resource
+
+    (tmp_path / "train").mkdir()
+    open_now = len(os.listdir("/proc/self/fd"))
+    shards = open_now + 40
+    for i in range(shards):
+        write_shard(tmp_path / "train" / f"{i:03d}.tar", [("a.jpg", b"%d" % i, 0)])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2 * open_now + 40, hard))
+    try:
+        source = open_tar_shards(tmp_path, "train")
+        assert [source.read(i) for i in range(shards)] == [b"%d" % i for i in range(shards)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    del source
+    assert len(os.listdir("/proc/self/fd")) <= open_now + 1

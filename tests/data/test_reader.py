@@ -1,0 +1,43 @@
+"""Reading batches ahead, and what is said of an image that cannot be read."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from contextual_cnn.data import Augmentation, ImageData
+from contextual_cnn.data.reader import BatchReader
+from contextual_cnn.data.sampler import BatchPlan
+from contextual_cnn.data.sources import open_source
+from contextual_cnn.distributed import World
+from contextual_cnn.errors import UserError
+from tests.data.layouts import write_layout
+
+
+def test_batches_hold_the_bytes_of_their_images_in_order(image_root):
+    source = open_source(image_root, "train", "folders")
+    reader = BatchReader(source, lambda number: np.arange(number, 48, 5))
+    for number in range(5):
+        batch = reader[number]
+        assert [image.tobytes() for image in batch] == [source.read(i) for i in range(number, 48, 5)]
+        assert all(image.dtype == np.uint8 for image in batch)
+
+
+@pytest.mark.parametrize("layout", ["folders", "list", "shards"])
+@pytest.mark.parametrize("damage", ["vanished", "empty"])
+def test_an_image_that_cannot_be_read_is_named(image_root, tmp_path, layout, damage):
+    root = write_layout(layout, image_root, tmp_path / "root", shard_images=48)
+    data = ImageData(root=str(root), image_size=64, threads=1)
+    name = data.sources["train"].name(20)
+    file = root / name.partition(":")[0]
+    if damage == "vanished":
+        file.unlink()
+    else:
+        os.truncate(file, 0)
+    plan = BatchPlan.make(images=48, global_batch=48, micro_batch=48, world_size=1)
+    batches = data.train_batches(plan, Augmentation(), 0, World(0, 1, 0, torch.device("cpu")), 0)
+    expected = r"train-000\.tar:" if layout == "shards" else f"{name} cannot be read"
+    with pytest.raises(UserError, match=expected) as error:
+        next(batches)
+    assert "scripts/check_data.py" in error.value.fix
