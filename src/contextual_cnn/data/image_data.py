@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from contextual_cnn.contracts import Batch
 from contextual_cnn.data.augmentation import Augmentation
@@ -27,6 +27,7 @@ class ImageData:
         threads: decoding threads per process; None takes the process's share of the cores, at most 8.
         prefetch: batches that the pipeline is ahead.
         eval_batch_size: images per process.
+        randaugment_by: "dali" augments in the pipeline, "torch" the batch on its device, to the same images.
 
     Raises:
         UserError: a folder that is not there or not laid out as it should be.
@@ -45,6 +46,7 @@ class ImageData:
         threads: int | None = None,
         prefetch: int = 2,
         eval_batch_size: int = 128,
+        randaugment_by: Literal["dali", "torch"] = "dali",
     ) -> None:
         if image_size < 32:
             raise UserError(
@@ -60,7 +62,7 @@ class ImageData:
         self.classes = classes
         self.image_size, self.crop_pct, self.eval_batch_size = image_size, crop_pct, eval_batch_size
         self._image = dict(image_size=image_size, mean=mean, std=std)
-        self._threads, self._prefetch = threads, prefetch
+        self._threads, self._prefetch, self._randaugment_by = threads, prefetch, randaugment_by
 
     @property
     def num_classes(self) -> int:
@@ -73,7 +75,14 @@ class ImageData:
         from contextual_cnn.data.dali import train_batches  # after the checks: importing DALI takes seconds
 
         sampler = TrainSampler(plan, seed, world.rank, first_step)
-        return train_batches(self.folders["train"], sampler, augmentation, **self._image, **self._running_on(world))
+        return train_batches(
+            self.folders["train"],
+            sampler,
+            augmentation,
+            randaugment_by=self._randaugment_by,
+            **self._image,
+            **self._running_on(world),
+        )
 
     def evaluation_batches(self, world: World) -> "EvaluationBatches":
         """This rank's share of the val split, as often as it is iterated."""
