@@ -83,6 +83,8 @@ def test_the_default_is_the_papers_recipe():
     )
     assert config["loss"]["alpha"] == 0.15
     assert config["trainer"]["ema_decay"] == 0.9999
+    assert config["augment"]["randaugment"] == "rand-m9-mstd0.5-inc1"
+    assert config["augment"] | {"scale": None, "ratio": None} == vars(Augmentation()) | {"scale": None, "ratio": None}
 
 
 @pytest.mark.parametrize("size", ["t", "s", "b", "atto"])
@@ -108,6 +110,11 @@ MISTAKES = [
     (["data.root=x", "trainer.compile=7"], "trainer.compile=7 is not true or false", "true"),
     (["data.root=x", "model.selection=best"], "is not one of rerank, reduce", "model.selection=rerank"),
     (["data.root=x", "augment.hflip=3"], "augment.hflip is a share", "augment.hflip=0"),
+    (
+        ["data.root=x", "augment.randaugment=rand-m9"],
+        "only RandAugment with increasing severity",
+        "rand-m9-mstd0.5-inc1",
+    ),
     (["data.root=IMAGES", "trainer.global_batch_size=7"], "mixing needs an even micro-batch", "augment=none"),
     (["data.root=IMAGES"], "48 images, less than one global batch of 4096", "trainer.global_batch_size=12"),
     (["data.root=IMAGES", "trainer=smoke", "model.num_classes=9"], "model.num_classes=9", "null"),

@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     EPOCH_ORDER = 2
     IMAGE = 3
     MICRO_BATCH = 4
+    IMAGE_OPS = 5
 
 
 def generator(purpose: Purpose, *key: int) -> np.random.Generator:

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from contextual_cnn.contracts import Batch
 from contextual_cnn.data.augmentation import ATTEMPTS, Augmentation, BatchAugmentation, draw
+from contextual_cnn.data.random_erasing import erase_randomly
 from contextual_cnn.data.sampler import MicroBatch
 from contextual_cnn.errors import UserError
 from contextual_cnn.randomness import Purpose, seed_all
@@ -63,8 +65,51 @@ def test_crops_are_distributed_as_timms(height, width):
     assert draws.height.shape == (count, ATTEMPTS)
 
 
+def erased_boxes(erase, images, side=64):
+    """(n, 4) top, left, height, width of the rectangles, and the noise; every image is erased by itself or not."""
+    batch = erase(torch.full((images, 3, side, side), 9.0).contiguous(memory_format=torch.channels_last))
+    changed = batch != 9
+    assert (changed.any(dim=1) == changed.all(dim=1)).all()  # all channels or none
+    boxes = []
+    for mask in changed[:, 0].numpy():
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        if len(rows):
+            boxes.append((rows[0], columns[0], len(rows), len(columns)))
+            assert mask.sum() == len(rows) * len(columns)
+    return np.array(boxes, float), batch[changed]
+
+
+def test_erasing_is_distributed_as_timms():
+    import random
+
+    random.seed(0)
+    n = 6000
+    theirs, _ = erased_boxes(RandomErasing(0.25, mode="pixel", device="cpu"), n)
+    ours, noise = erased_boxes(lambda images: erase_randomly(images, 0.25), n)
+    for boxes in (ours, theirs):
+        assert len(boxes) / n == pytest.approx(0.25, abs=0.02)
+    jitter = np.random.default_rng(0)
+    measures = {
+        "area": lambda b: b[:, 2] * b[:, 3],
+        "aspect": lambda b: b[:, 2] / b[:, 3],
+        "top": lambda b: b[:, 0],
+        "left": lambda b: b[:, 1],
+    }
+    for name, measure in measures.items():
+        both = [measure(b) + 1e-3 * jitter.random(len(b)) for b in (ours, theirs)]
+        assert kolmogorov_smirnov(*both) < 1.95, name
+    assert noise.mean().item() == pytest.approx(0, abs=0.01)
+    assert noise.std().item() == pytest.approx(1, abs=0.01)
+
+
+def test_erasing_never_and_always():
+    images = torch.ones(4, 3, 32, 32)
+    assert torch.equal(erase_randomly(images.clone(), 0.0), images)
+    assert (erase_randomly(images.clone(), 1.0) != images).flatten(1).any(dim=1).all()
+
+
 def test_mixing_gives_timms_soft_targets_and_is_seeded_by_the_micro_batch():
-    augment = BatchAugmentation(Augmentation(erasing=0.5), num_classes=5, device=torch.device("cpu"))
+    augment = BatchAugmentation(Augmentation(erasing=0.5), num_classes=5)
     images, targets = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
     results = []
     for key in ((0, 1), (0, 1), (0, 2)):
@@ -80,14 +125,20 @@ def test_mixing_gives_timms_soft_targets_and_is_seeded_by_the_micro_batch():
 def test_smoothing_alone_mixes_nothing_and_nothing_at_all_keeps_hard_targets():
     images, targets = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
     off = dict(erasing=0.0, mixup=0.0, cutmix=0.0)
-    smoothed = BatchAugmentation(Augmentation(**off), 5, torch.device("cpu"))(Batch(images.clone(), targets))
+    smoothed = BatchAugmentation(Augmentation(**off), 5)(Batch(images.clone(), targets))
     assert torch.equal(smoothed.images, images)
     assert smoothed.targets.max().item() == pytest.approx(0.92)
-    plain = BatchAugmentation(Augmentation(**off, label_smoothing=0.0), 5, torch.device("cpu"))(Batch(images, targets))
+    plain = BatchAugmentation(Augmentation(**off, label_smoothing=0.0), 5)(Batch(images, targets))
     assert torch.equal(plain.targets, targets)
 
 
-@pytest.mark.parametrize("wrong", [dict(hflip=1.5), dict(erasing=-0.1), dict(scale=[0.5, 0.1]), dict(ratio=[0.0, 1.0])])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *(dict(hflip=1.5), dict(erasing=-0.1), dict(scale=[0.5, 0.1]), dict(ratio=[0.0, 1.0])),
+        *(dict(randaugment="rand-m9"), dict(color_jitter=-1.0)),
+    ],
+)
 def test_numbers_out_of_range_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         Augmentation(**wrong)

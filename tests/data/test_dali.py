@@ -1,5 +1,7 @@
 """The DALI pipelines against timm's and PIL's pixels; on the CPU, with real JPEGs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,8 @@ from timm.data import create_transform
 
 from contextual_cnn.data import Augmentation, ImageData
 from contextual_cnn.data.augmentation import draw
+from contextual_cnn.data.randaugment import pil_ops
+from contextual_cnn.data.randaugment.policy import fill_color
 from contextual_cnn.data.sampler import BatchPlan, TrainSampler
 from contextual_cnn.distributed import World
 from tests import reference
@@ -60,7 +64,7 @@ def test_training_crops_are_those_that_were_drawn(tmp_path, photos):
     sizes = [(375, 500), (500, 333), (60, 300), (300, 60), (90, 90), (427, 640)]
     images = [crop(photos[i % 2], *size) for i, size in enumerate(sizes)]
     data = ImageData(root=str(write(tmp_path, images, "train")), threads=1)
-    augmentation = Augmentation(scale=(0.3, 1.0), ratio=(0.8, 1.25))
+    augmentation = Augmentation(scale=(0.3, 1.0), ratio=(0.8, 1.25), randaugment=None, color_jitter=0.0)
     plan = BatchPlan.make(images=6, global_batch=6, micro_batch=6, world_size=1)
     batches, sampler = data.train_batches(plan, augmentation, 1, world(), 0), TrainSampler(plan, 1, 0)
     for n in range(4):
@@ -74,6 +78,38 @@ def test_training_crops_are_those_that_were_drawn(tmp_path, photos):
             expected = torch.from_numpy(np.array(piece)).permute(2, 0, 1).float()
             expected = expected.flip(2) if draws.flip[i] else expected
             assert (pixels(batch.images[i]) - expected).abs().mean() < 0.6  # another place or size would be over 5
+
+
+@pytest.mark.parametrize("augmentation", [Augmentation(), Augmentation(randaugment=None)], ids=["rand", "jitter"])
+def test_training_images_are_what_pil_makes_of_the_same_draws(tmp_path, photos, augmentation):
+    """From one undistorted crop on, so that the resize, which is not PIL's to the last level, has no part in it."""
+    images = [crop(photos[i % 2][40 * i :, 60 * i :], 128, 128) for i in range(4)]
+    root = write(tmp_path, images, "train")
+    augmentation = replace(augmentation, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    plan = BatchPlan.make(images=4, global_batch=4, micro_batch=4, world_size=1)
+    ours = {
+        by: ImageData(root=str(root), image_size=128, threads=2, randaugment_by=by).train_batches(
+            plan, augmentation, 2, world(), 0
+        )
+        for by in ("dali", "torch")
+    }
+    sampler = TrainSampler(plan, 2, 0)
+    for n in range(12):
+        batches, draws = {by: next(batches) for by, batches in ours.items()}, draw(augmentation, 2, sampler[n])
+        assert torch.equal(batches["dali"].targets, batches["torch"].targets)
+        assert batches["torch"].images.is_contiguous(memory_format=torch.channels_last)
+        for i, index in enumerate(sampler[n].indices):
+            expected = pil_ops.apply_ops(
+                Image.fromarray(images[index]),
+                draws.ops.op[i],
+                draws.ops.argument[i],
+                fill=fill_color(MEAN),
+                interpolation="bilinear",
+            )
+            expected = torch.from_numpy(np.array(expected)).permute(2, 0, 1).float()
+            expected = expected.flip(2) if draws.flip[i] else expected
+            assert (pixels(batches["torch"].images[i]) - expected).abs().mean() < 1e-3
+            assert (pixels(batches["dali"].images[i]) - expected).abs().mean() < 1
 
 
 def test_batches_are_channels_last_with_targets_of_their_class(image_root):

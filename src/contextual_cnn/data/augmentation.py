@@ -1,20 +1,21 @@
 """What is done to an image before it is a training sample: what is drawn, and with which numbers.
 
-Crop and flip are drawn here, as numbers per image that depend on (seed, epoch, place in the epoch) alone, and
-carried out by the pipeline; erasing, mixing and smoothing act on the batch, on its device.
-Order as in the ConvNeXt recipe: crop, flip, normalise, erase each sample, then mix the batch.
+Crop, flip and RandAugment (or color jitter) are drawn as numbers per image that depend on (seed, epoch, place in
+the epoch) alone, and carried out by the pipeline; erasing, mixing and smoothing act on the batch, on its device.
+Order as in the ConvNeXt recipe: crop, flip, RandAugment, normalise, erase each sample, then mix the batch.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-import torch
 from timm.data import Mixup
-from timm.data.random_erasing import RandomErasing
 
 from contextual_cnn.contracts import Batch
+from contextual_cnn.data.randaugment import ColorJitter, ImageOps, RandAugment
+from contextual_cnn.data.random_erasing import erase_randomly
 from contextual_cnn.data.sampler import MicroBatch
 from contextual_cnn.errors import UserError
 from contextual_cnn.randomness import Purpose, uniform_rows
@@ -25,10 +26,13 @@ _COLUMNS = 2 * ATTEMPTS + 4  # area and aspect of each attempt, row, column, fli
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """The recipe's numbers (ConvNeXt's, without RandAugment so far).
+    """The recipe's numbers; the defaults are ConvNeXt's.
 
     scale, ratio: random resized crop, share of the area and range of the aspect ratio.
     hflip: probability of a horizontal flip.
+    randaugment: in timm's notation, `rand-m9-mstd0.5-inc1`; None is off.
+    interpolation: of RandAugment's geometry; timm's recipe is bicubic, bilinear is the cheaper default.
+    color_jitter: largest change of brightness, contrast and saturation; as in timm it means nothing beside RandAugment.
     erasing: probability that a sample has a rectangle replaced by noise (timm's RandomErasing, per pixel).
     mixup, cutmix: alpha of the Beta distribution; 0 turns one off. mix_prob, mix_switch_prob: as timm's Mixup.
     label_smoothing: share of the target spread over all classes.
@@ -37,6 +41,9 @@ class Augmentation:
     scale: Sequence[float] = (0.08, 1.0)
     ratio: Sequence[float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
+    randaugment: str | None = "rand-m9-mstd0.5-inc1"
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    color_jitter: float = 0.4
     erasing: float = 0.25
     mixup: float = 0.8
     cutmix: float = 1.0
@@ -45,6 +52,10 @@ class Augmentation:
     label_smoothing: float = 0.1
 
     def __post_init__(self) -> None:
+        if self.randaugment is not None:
+            RandAugment.parse(self.randaugment)
+        if self.color_jitter < 0:
+            raise UserError(f"augment.color_jitter is 0 or more, got {self.color_jitter}", "augment.color_jitter=0")
         for key in ("hflip", "erasing", "mix_prob", "mix_switch_prob", "label_smoothing"):
             if not 0 <= getattr(self, key) <= 1:
                 raise UserError(
@@ -58,6 +69,13 @@ class Augmentation:
                     f"augment.{key} is [low, high] with 0 < low <= high, got {list(low_high)}",
                     f"augment.{key}=[0.5,1.0]",
                 )
+
+    @property
+    def policy(self) -> RandAugment | ColorJitter | None:
+        """What draws the operations on an image's levels and geometry."""
+        if self.randaugment is not None:
+            return RandAugment.parse(self.randaugment)
+        return ColorJitter(self.color_jitter) if self.color_jitter else None
 
     @property
     def mixes(self) -> bool:
@@ -79,12 +97,14 @@ class Draws:
     height, width: (n, 10) float32, each attempt's sides over the square root of the image's area.
     place: (n, 2) float32 in [0, 1), row and column of the crop within the room it has.
     flip: (n,) int32.
+    ops: None without RandAugment and color jitter.
     """
 
     height: np.ndarray
     width: np.ndarray
     place: np.ndarray
     flip: np.ndarray
+    ops: ImageOps | None
 
 
 def draw(augmentation: Augmentation, seed: int, batch: MicroBatch) -> Draws:
@@ -94,24 +114,24 @@ def draw(augmentation: Augmentation, seed: int, batch: MicroBatch) -> Draws:
     side = np.sqrt(low + (high - low) * u[:, :ATTEMPTS])
     low, high = (math.log(bound) for bound in augmentation.ratio)
     stretch = np.exp((low + (high - low) * u[:, ATTEMPTS : 2 * ATTEMPTS]) / 2)  # square root of the aspect ratio
+    policy = augmentation.policy
     return Draws(
         height=(side / stretch).astype(np.float32),
         width=(side * stretch).astype(np.float32),
         place=u[:, 2 * ATTEMPTS : 2 * ATTEMPTS + 2].astype(np.float32),
         flip=(u[:, 2 * ATTEMPTS + 2] < augmentation.hflip).astype(np.int32),
+        ops=policy.draw(seed, batch.epoch, batch.start, len(batch.indices)) if policy is not None else None,
     )
 
 
 class BatchAugmentation:
-    """Erasing, mixing and label smoothing by timm, on the batch's device.
+    """Erasing, and timm's mixing and label smoothing, on the batch's device.
 
     They draw from the global generators, which the caller seeds for each micro-batch (`randomness.seed_all`).
     """
 
-    def __init__(self, augmentation: Augmentation, num_classes: int, device: torch.device) -> None:
-        self.erase = (
-            RandomErasing(augmentation.erasing, mode="pixel", device=device.type) if augmentation.erasing else None
-        )
+    def __init__(self, augmentation: Augmentation, num_classes: int) -> None:
+        self.erasing = augmentation.erasing
         self.mix = None
         if augmentation.mixes or augmentation.label_smoothing:
             self.mix = Mixup(
@@ -125,5 +145,5 @@ class BatchAugmentation:
 
     def __call__(self, batch: Batch) -> Batch:
         """(B, 3, H, W) images, (B,) classes -> erased and mixed images, (B, N) targets if anything mixes or smooths."""
-        images = self.erase(batch.images) if self.erase is not None else batch.images
+        images = erase_randomly(batch.images, self.erasing) if self.erasing else batch.images
         return Batch(*self.mix(images, batch.targets)) if self.mix is not None else Batch(images, batch.targets)

@@ -1,11 +1,12 @@
 """The two DALI pipelines, training and evaluation, each one definition for CPU and GPU.
 
-An external source hands over encoded images and the numbers drawn for each; DALI decodes, crops, resizes and
-normalises. The graph holds no random operator and no reader, hence no state.
+An external source hands over encoded images and the numbers drawn for each; DALI decodes, crops, resizes, augments
+and normalises. The graph holds no random operator and no reader, hence no state.
 Evaluation gives the crop that timm's transform gives (resize in integers, centre rounded half to even).
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from contextual_cnn.contracts import Batch
 from contextual_cnn.data.augmentation import ATTEMPTS, Augmentation, draw
+from contextual_cnn.data.randaugment import torch_ops
+from contextual_cnn.data.randaugment.policy import fill_color
 from contextual_cnn.data.reader import BatchReader
 from contextual_cnn.data.sampler import TrainSampler, evaluation_batches
 from contextual_cnn.data.sources import ImageSource
@@ -22,11 +25,18 @@ try:
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali import math as dali_math
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
+
+    from contextual_cnn.data.randaugment import dali_ops
 except ImportError as error:
     raise UserError(
         f"NVIDIA DALI is not installed ({error})",
         "pip install nvidia-dali-cuda130 (CUDA 13, or no GPU) or nvidia-dali-cuda120; `nvidia-dali` is a placeholder",
     ) from error
+
+
+# Types and dimensions of what the training source hands over
+_CROP_INPUTS = [(types.UINT8, 1), (types.INT64, 0), *[(types.FLOAT, 1)] * 3]  # encoded image, target, crop
+_FLIP_INPUT = (types.INT32, 0)
 
 
 def train_batches(
@@ -39,27 +49,40 @@ def train_batches(
     std: Sequence[float],
     threads: int,
     prefetch: int,
+    randaugment_by: Literal["dali", "torch"],
     device: torch.device,
 ) -> Iterator[Batch]:
-    """One rank's endless batches; images (B, 3, size, size) float32 channels_last, targets (B,)."""
+    """One rank's endless batches; images (B, 3, size, size) float32 channels_last, targets (B,).
+
+    Args:
+        randaugment_by: "torch" takes DALI's images as uint8 and augments and normalises them afterwards.
+    """
+    fill, policy = fill_color(mean), augmentation.policy
+    in_torch = policy is not None and randaugment_by == "torch"
 
     reader = BatchReader(images, lambda number: sampler[number].indices)
 
     def source(info) -> tuple:
         batch = sampler[info.iteration]
         draws = draw(augmentation, sampler.seed, batch)
-        targets = images.targets[batch.indices]
-        return (reader[info.iteration], targets, draws.height, draws.width, draws.place, draws.flip)
+        crop = (reader[info.iteration], images.targets[batch.indices], draws.height, draws.width, draws.place)
+        if in_torch:
+            return crop
+        return (*crop, draws.flip, *(dali_ops.inputs(draws.ops, image_size) if policy is not None else ()))
 
     pipeline = _train_pipeline(
         source,
-        augmentation=augmentation,
+        ratio=augmentation.ratio,
         image_size=image_size,
-        normalise=_normalise_arguments(mean, std),
+        layers=policy.layers if policy is not None else 0,
+        fill=fill,
+        interpolation=augmentation.interpolation,
+        normalise=_normalise_arguments(mean, std) if not in_torch else None,
         on=device.type,
         **_executor(sampler.plan.micro_batch, threads, prefetch, device),
     )
-    return _iterate(pipeline, device)
+    batches = _iterate(pipeline, device)
+    return _augment_in_torch(batches, sampler, augmentation, mean, std, fill) if in_torch else batches
 
 
 class EvaluationBatches:
@@ -110,17 +133,31 @@ class EvaluationBatches:
             yield next(self._batches)
 
 
-@pipeline_def
-def _train_pipeline(source: Callable, *, augmentation: Augmentation, image_size: int, normalise: dict, on: str):
-    encoded, target, heights, widths, place, flip = fn.external_source(
+@pipeline_def(enable_conditionals=True)
+def _train_pipeline(
+    source: Callable,
+    *,
+    ratio: Sequence[float],
+    image_size: int,
+    layers: int,
+    fill: tuple[int, ...],
+    interpolation: str,
+    normalise: dict | None,
+    on: str,
+):
+    """Without `normalise` the images stay uint8, neither augmented nor flipped."""
+    inputs = list(_CROP_INPUTS)
+    if normalise is not None:
+        inputs += [_FLIP_INPUT, *(dali_ops.INPUTS if layers else ())]
+    encoded, target, heights, widths, place, *drawn = fn.external_source(
         source,
-        num_outputs=6,
+        num_outputs=len(inputs),
         batch=True,
         batch_info=True,
-        dtype=[types.UINT8, types.INT64, types.FLOAT, types.FLOAT, types.FLOAT, types.INT32],
-        ndim=[1, 0, 1, 1, 1, 0],
+        dtype=[dtype for dtype, _ in inputs],
+        ndim=[ndim for _, ndim in inputs],
     )
-    anchor, shape = _random_crop(*_size_of(encoded), heights, widths, place, augmentation.ratio)
+    anchor, shape = _random_crop(*_size_of(encoded), heights, widths, place, ratio)
     images = fn.decoders.image_slice(
         encoded,
         anchor,
@@ -131,9 +168,33 @@ def _train_pipeline(source: Callable, *, augmentation: Augmentation, image_size:
         **_decoder_arguments(on),
     )
     images = fn.resize(images, size=[image_size, image_size], interp_type=types.INTERP_CUBIC)
-    # RandAugment belongs here: on uint8, after the resize, before the flip (every op of it is symmetric)
-    images = fn.crop_mirror_normalize(images, mirror=flip, **normalise)
+    if normalise is not None:
+        flip, *ops = drawn
+        if layers:
+            images = dali_ops.apply_ops(
+                images, ops, layers, size=image_size, fill=fill, interpolation=interpolation, on=on
+            )
+        images = fn.crop_mirror_normalize(images, mirror=flip, **normalise)
     return images, target
+
+
+def _augment_in_torch(
+    batches: Iterator[Batch],
+    sampler: TrainSampler,
+    augmentation: Augmentation,
+    mean: Sequence[float],
+    std: Sequence[float],
+    fill: tuple[int, ...],
+) -> Iterator[Batch]:
+    """uint8 images as they were cropped -> what the other pipeline gives, by torch on the images' device."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (mean, std))
+    for n, (images, targets) in enumerate(batches):
+        draws = draw(augmentation, sampler.seed, sampler[n])
+        images = torch_ops.apply_ops(images, draws.ops, fill=fill, interpolation=augmentation.interpolation)
+        flipped = torch.from_numpy(np.flatnonzero(draws.flip)).to(images.device)
+        images[flipped] = images[flipped].flip(3)
+        images = (images - mean.to(images.device)) / std.to(images.device)
+        yield Batch(images.contiguous(memory_format=torch.channels_last), targets)
 
 
 @pipeline_def

@@ -37,6 +37,7 @@ class ImageData:
         repeats: how often an epoch shows an image, each time drawn anew; it is as long as ever, with fewer images.
         shuffle_shards: None shuffles an epoch as a whole; N shuffles the shards, then the images of N shards at a
             time, so that a network file system reads N files at a time and not all of them.
+        randaugment_by: "dali" augments in the pipeline, "torch" the batch on its device, to the same images.
 
     Raises:
         UserError: what is not there, or not as it should be.
@@ -59,6 +60,7 @@ class ImageData:
         eval_batch_size: int = 128,
         repeats: int = 1,
         shuffle_shards: int | None = None,
+        randaugment_by: Literal["dali", "torch"] = "dali",
     ) -> None:
         if image_size < 32:
             raise UserError(
@@ -85,7 +87,7 @@ class ImageData:
         self.repeats, self.shuffle_shards = repeats, shuffle_shards
         self.image_size, self.crop_pct, self.eval_batch_size = image_size, crop_pct, eval_batch_size
         self._image = dict(image_size=image_size, mean=mean, std=std)
-        self._threads, self._prefetch = threads, prefetch
+        self._threads, self._prefetch, self._randaugment_by = threads, prefetch, randaugment_by
 
     @property
     def num_classes(self) -> int:
@@ -111,7 +113,14 @@ class ImageData:
         source = self.sources["train"]
         shards = ShardWindows(source.shard_sizes, self.shuffle_shards) if self.shuffle_shards else None
         sampler = TrainSampler(plan, seed, world.rank, first_step, repeats=self.repeats, shards=shards)
-        return train_batches(source, sampler, augmentation, **self._image, **self._running_on(world))
+        return train_batches(
+            source,
+            sampler,
+            augmentation,
+            randaugment_by=self._randaugment_by,
+            **self._image,
+            **self._running_on(world),
+        )
 
     def evaluation_batches(self, world: World) -> "EvaluationBatches":
         """This rank's share of the val split, as often as it is iterated."""

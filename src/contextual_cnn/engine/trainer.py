@@ -131,7 +131,7 @@ class Trainer:
                 gradient_as_bucket_view=True,
                 static_graph=plan.accumulation == 1,  # with no_sync in the first step it fails inside torch
             )
-        self.augment = BatchAugmentation(augmentation, data.num_classes, world.device)
+        self.augment = BatchAugmentation(augmentation, data.num_classes)
         self.meter = TrainMeter(world)
 
     def fit(self, logger: MetricsLogger, console: Console) -> None:

@@ -1,0 +1,52 @@
+"""timm's RandomErasing, mode "pixel", for a whole batch: no loop over images, nothing asked of the device.
+
+Random Erasing Data Augmentation (Zhong et al., AAAI 2020); numbers and distribution as timm.data.random_erasing.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_AREA = (0.02, 1 / 3)  # share of the image
+_LOG_ASPECT = (math.log(0.3), -math.log(0.3))
+_ATTEMPTS = 10
+
+
+def erase_randomly(images: Tensor, probability: float) -> Tensor:
+    """(B, C, H, W) normalised images, changed in place: some get a rectangle of N(0, 1) noise.
+
+    The rectangles are drawn by torch's generator for the CPU, the noise by that of the images' device.
+    """
+    image, top, left, height, width = _draw_boxes(len(images), *images.shape[2:], probability)
+    sizes = height * width
+    total = int(sizes.sum())
+    firsts = np.cumsum(sizes) - sizes
+    boxes = torch.from_numpy(np.stack([image, top, left, width, firsts], axis=1)).to(images.device)
+    repeats = torch.from_numpy(sizes).to(images.device)
+    image, top, left, width, first = boxes.repeat_interleave(repeats, dim=0, output_size=total).unbind(1)
+    place = torch.arange(total, device=images.device) - first  # of an erased pixel within its rectangle
+    noise = torch.randn(total, images.shape[1], device=images.device, dtype=images.dtype)
+    images.permute(0, 2, 3, 1)[image, top + place // width, left + place % width] = noise
+    return images
+
+
+def _draw_boxes(images: int, height: int, width: int, probability: float) -> tuple[np.ndarray, ...]:
+    """Image, top, left, height and width of each rectangle, int64; the first of ten attempts that fits."""
+    u = torch.rand(images, 2 * _ATTEMPTS + 3, dtype=torch.float64).numpy()
+    area = height * width * _between(*_AREA, u[:, :_ATTEMPTS])
+    aspect = np.exp(_between(*_LOG_ASPECT, u[:, _ATTEMPTS : 2 * _ATTEMPTS]))
+    heights, widths = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (heights < height) & (widths < width)
+    chosen, row, column = u[:, 2 * _ATTEMPTS :].T
+    image = np.flatnonzero((chosen < probability) & fits.any(axis=1))
+    first = fits.argmax(axis=1)[image]
+    box_height, box_width = heights[image, first], widths[image, first]
+    top = np.floor(row[image] * (height - box_height + 1))
+    left = np.floor(column[image] * (width - box_width + 1))
+    return tuple(values.astype(np.int64) for values in (image, top, left, box_height, box_width))
+
+
+def _between(low: float, high: float, share: np.ndarray) -> np.ndarray:
+    return low + (high - low) * share
