@@ -1,6 +1,6 @@
-"""Times the contextual convolution, a training step and the loss, each beside what it is compared with, in one run.
+"""Times the contextual convolution, a training step, the loss and the loader, each beside what it is compared with.
 
-python scripts/benchmark.py op|model|loss|table1 [--model tiny] [--batch-size 8] [--device cpu] [--output FILE]
+python scripts/benchmark.py op|model|loss|table1|data [--model tiny] [--batch-size N] [--rounds 5] [--output FILE]
 
 Prints JSON. The candidates take turns, round by round, so that a machine that slows down slows all of them; a turn is
 as many calls as fit into a fifth of a second, at least one, and counts with its median. Each figure is the median over
@@ -32,9 +32,9 @@ STAGES = {"stage 2": (192, 28), "stage 3": (384, 14), "stage 4": (768, 7)}  # of
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["op", "model", "loss", "table1"])
+    parser.add_argument("what", choices=["op", "model", "loss", "table1", "data"])
     parser.add_argument("--model", default="tiny", choices=["atto", "tiny", "small", "base"])
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, help="8, and 64 for data")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
@@ -44,7 +44,14 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    benchmarks = {"op": benchmark_op, "model": benchmark_model, "loss": benchmark_loss, "table1": benchmark_table1}
+    arguments.batch_size = arguments.batch_size or (64 if arguments.what == "data" else 8)
+    benchmarks = {
+        "op": benchmark_op,
+        "model": benchmark_model,
+        "loss": benchmark_loss,
+        "table1": benchmark_table1,
+        "data": benchmark_data,
+    }
     results = benchmarks[arguments.what](arguments)
     report = {
         "settings": {k: str(v) for k, v in vars(arguments).items()},
@@ -174,6 +181,13 @@ def benchmark_table1(arguments: argparse.Namespace) -> list[dict]:
     times = compare(inferences, f"contextual_{twin}", arguments)["milliseconds"]
     speeds = {name: round(1e3 * arguments.batch_size / time, 1) for name, time in times.items()}
     return [{**row, "images_per_second": speeds[row["model"]]} for row in rows]
+
+
+def benchmark_data(arguments: argparse.Namespace) -> dict:
+    """Our loaders and timm's."""
+    from benchmark_loaders import compare_loaders  # needs DALI and scikit-learn, which a machine with a GPU may lack
+
+    return compare_loaders(arguments)
 
 
 def compare(candidates: dict[str, Callable[[], object]], ours: str, arguments: argparse.Namespace) -> dict:

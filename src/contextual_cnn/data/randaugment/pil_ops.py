@@ -10,9 +10,9 @@ from contextual_cnn.data.randaugment.policy import Op
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
-def _posterize(image: Image.Image, bits: int, **options) -> Image.Image:
-    """No bits kept is black; Pillow from 13 on refuses it."""
-    return timm_ops.posterize(image, bits, **options) if bits else Image.new(image.mode, image.size)
+def posterize(image: Image.Image, bits: int, **_) -> Image.Image:
+    """timm's, but no bits kept is a black image, as it was before Pillow 13 began to refuse it."""
+    return timm_ops.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
 _FUNCTIONS = {
@@ -20,7 +20,7 @@ _FUNCTIONS = {
     Op.EQUALIZE: lambda image, _, **options: timm_ops.equalize(image),
     Op.INVERT: lambda image, _, **options: timm_ops.invert(image),
     Op.ROTATE: timm_ops.rotate,
-    Op.POSTERIZE: lambda image, bits, **options: _posterize(image, int(bits)),
+    Op.POSTERIZE: lambda image, bits, **options: posterize(image, int(bits)),
     Op.SOLARIZE: lambda image, threshold, **options: timm_ops.solarize(image, int(threshold)),
     Op.SOLARIZE_ADD: lambda image, add, **options: timm_ops.solarize_add(image, int(add)),
     Op.COLOR: timm_ops.color,
