@@ -124,6 +124,29 @@ def draw(augmentation: Augmentation, seed: int, batch: MicroBatch) -> Draws:
     )
 
 
+def crop_box(draws: Draws, i: int, height: int, width: int, ratio: Sequence[float]) -> tuple[int, int, int, int]:
+    """timm's RandomResizedCrop: the first attempt that fits the image, else the largest central crop within `ratio`.
+
+    Computed in float32, as the DALI graph does.
+
+    Returns:
+        top, left, height, width.
+    """
+    side = np.sqrt(np.float32(height) * np.float32(width))
+    heights, widths = (np.floor(side * sides[i] + np.float32(0.5)) for sides in (draws.height, draws.width))
+    fits = np.flatnonzero((heights <= height) & (widths <= width))
+    if len(fits):
+        crop_height, crop_width = int(heights[fits[0]]), int(widths[fits[0]])
+        room = (height - crop_height, width - crop_width)
+        top, left = (
+            min(int(np.floor(place * np.float32(r + 1))), r) for place, r in zip(draws.place[i], room, strict=True)
+        )
+        return top, left, crop_height, crop_width
+    crop_height = min(height, math.floor(width / ratio[0] + 0.5))
+    crop_width = min(width, math.floor(height * ratio[1] + 0.5))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
 class BatchAugmentation:
     """Erasing, and timm's mixing and label smoothing, on the batch's device.
 

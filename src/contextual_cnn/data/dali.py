@@ -14,7 +14,7 @@ from torch import Tensor
 
 from contextual_cnn.contracts import Batch
 from contextual_cnn.data.augmentation import ATTEMPTS, Augmentation, draw
-from contextual_cnn.data.randaugment import torch_ops
+from contextual_cnn.data.on_device import augment, normalise
 from contextual_cnn.data.randaugment.policy import fill_color
 from contextual_cnn.data.reader import BatchReader
 from contextual_cnn.data.sampler import TrainSampler, evaluation_batches
@@ -30,7 +30,8 @@ try:
 except ImportError as error:
     raise UserError(
         f"NVIDIA DALI is not installed ({error})",
-        "pip install nvidia-dali-cuda130 (CUDA 13, or no GPU) or nvidia-dali-cuda120; `nvidia-dali` is a placeholder",
+        "pip install nvidia-dali-cuda130 (CUDA 13, or no GPU) or nvidia-dali-cuda120 (`nvidia-dali` is a placeholder), "
+        "or data.loader=torch",
     ) from error
 
 
@@ -49,24 +50,23 @@ def train_batches(
     std: Sequence[float],
     threads: int,
     prefetch: int,
-    randaugment_by: Literal["dali", "torch"],
+    randaugment_on: Literal["loader", "device"],
     device: torch.device,
 ) -> Iterator[Batch]:
     """One rank's endless batches; images (B, 3, size, size) float32 channels_last, targets (B,).
 
     Args:
-        randaugment_by: "torch" takes DALI's images as uint8 and augments and normalises them afterwards.
+        randaugment_on: "device" takes DALI's images as uint8 and augments and normalises them afterwards.
     """
-    fill, policy = fill_color(mean), augmentation.policy
-    in_torch = policy is not None and randaugment_by == "torch"
-
+    policy = augmentation.policy
+    on_device = policy is not None and randaugment_on == "device"
     reader = BatchReader(images, lambda number: sampler[number].indices)
 
     def source(info) -> tuple:
         batch = sampler[info.iteration]
         draws = draw(augmentation, sampler.seed, batch)
         crop = (reader[info.iteration], images.targets[batch.indices], draws.height, draws.width, draws.place)
-        if in_torch:
+        if on_device:
             return crop
         return (*crop, draws.flip, *(dali_ops.inputs(draws.ops, image_size) if policy is not None else ()))
 
@@ -75,14 +75,14 @@ def train_batches(
         ratio=augmentation.ratio,
         image_size=image_size,
         layers=policy.layers if policy is not None else 0,
-        fill=fill,
+        fill=fill_color(mean),
         interpolation=augmentation.interpolation,
-        normalise=_normalise_arguments(mean, std) if not in_torch else None,
+        normalisation=_normalise_arguments(mean, std) if not on_device else None,
         on=device.type,
         **_executor(sampler.plan.micro_batch, threads, prefetch, device),
     )
     batches = _iterate(pipeline, device)
-    return _augment_in_torch(batches, sampler, augmentation, mean, std, fill) if in_torch else batches
+    return _finish_on_device(batches, sampler, augmentation, mean, std) if on_device else batches
 
 
 class EvaluationBatches:
@@ -121,7 +121,7 @@ class EvaluationBatches:
             source,
             image_size=image_size,
             resize_size=int(image_size / crop_pct),
-            normalise=_normalise_arguments(mean, std),
+            normalisation=_normalise_arguments(mean, std),
             on=device.type,
             **_executor(batch_size, threads, prefetch, device),
         )
@@ -142,12 +142,12 @@ def _train_pipeline(
     layers: int,
     fill: tuple[int, ...],
     interpolation: str,
-    normalise: dict | None,
+    normalisation: dict | None,
     on: str,
 ):
-    """Without `normalise` the images stay uint8, neither augmented nor flipped."""
+    """Without `normalisation` the images stay uint8, neither augmented nor flipped."""
     inputs = list(_CROP_INPUTS)
-    if normalise is not None:
+    if normalisation is not None:
         inputs += [_FLIP_INPUT, *(dali_ops.INPUTS if layers else ())]
     encoded, target, heights, widths, place, *drawn = fn.external_source(
         source,
@@ -168,37 +168,32 @@ def _train_pipeline(
         **_decoder_arguments(on),
     )
     images = fn.resize(images, size=[image_size, image_size], interp_type=types.INTERP_CUBIC)
-    if normalise is not None:
+    if normalisation is not None:
         flip, *ops = drawn
         if layers:
             images = dali_ops.apply_ops(
                 images, ops, layers, size=image_size, fill=fill, interpolation=interpolation, on=on
             )
-        images = fn.crop_mirror_normalize(images, mirror=flip, **normalise)
+        images = fn.crop_mirror_normalize(images, mirror=flip, **normalisation)
     return images, target
 
 
-def _augment_in_torch(
+def _finish_on_device(
     batches: Iterator[Batch],
     sampler: TrainSampler,
     augmentation: Augmentation,
     mean: Sequence[float],
     std: Sequence[float],
-    fill: tuple[int, ...],
 ) -> Iterator[Batch]:
     """uint8 images as they were cropped -> what the other pipeline gives, by torch on the images' device."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (mean, std))
     for n, (images, targets) in enumerate(batches):
         draws = draw(augmentation, sampler.seed, sampler[n])
-        images = torch_ops.apply_ops(images, draws.ops, fill=fill, interpolation=augmentation.interpolation)
-        flipped = torch.from_numpy(np.flatnonzero(draws.flip)).to(images.device)
-        images[flipped] = images[flipped].flip(3)
-        images = (images - mean.to(images.device)) / std.to(images.device)
-        yield Batch(images.contiguous(memory_format=torch.channels_last), targets)
+        images = augment(images, draws, fill=fill_color(mean), interpolation=augmentation.interpolation)
+        yield Batch(normalise(images, mean, std), targets)
 
 
 @pipeline_def
-def _evaluation_pipeline(source: Callable, *, image_size: int, resize_size: int, normalise: dict, on: str):
+def _evaluation_pipeline(source: Callable, *, image_size: int, resize_size: int, normalisation: dict, on: str):
     encoded, target = fn.external_source(
         source, num_outputs=2, batch=True, batch_info=True, dtype=[types.UINT8, types.INT64], ndim=[1, 0]
     )
@@ -215,7 +210,7 @@ def _evaluation_pipeline(source: Callable, *, image_size: int, resize_size: int,
         shape=[image_size, image_size],
         axis_names="HW",
     )
-    return fn.crop_mirror_normalize(images, **normalise), target
+    return fn.crop_mirror_normalize(images, **normalisation), target
 
 
 def _random_crop(height, width, heights, widths, place, ratio: Sequence[float]):

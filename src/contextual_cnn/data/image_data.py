@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
 from contextual_cnn.contracts import Batch
@@ -31,13 +32,15 @@ class ImageData:
         image_size: side of the model's input, in pixels.
         crop_pct: evaluation resizes the shorter side to image_size / crop_pct, then crops the centre.
         mean, std: of the normalisation, for values in 0..1.
-        threads: decoding threads per process; None takes the process's share of the cores, at most 8.
+        threads: decoding threads (or workers) per process; None takes the process's share of the cores, at most 8.
         prefetch: batches that the pipeline is ahead.
         eval_batch_size: images per process.
         repeats: how often an epoch shows an image, each time drawn anew; it is as long as ever, with fewer images.
         shuffle_shards: None shuffles an epoch as a whole; N shuffles the shards, then the images of N shards at a
             time, so that a network file system reads N files at a time and not all of them.
-        randaugment_by: "dali" augments in the pipeline, "torch" the batch on its device, to the same images.
+        loader: "dali", or "torch" for machines without it: worker processes with PIL, to the same images but for
+            resampling.
+        randaugment_on: the "loader" augments, or torch the batch on its "device".
 
     Raises:
         UserError: what is not there, or not as it should be.
@@ -60,7 +63,8 @@ class ImageData:
         eval_batch_size: int = 128,
         repeats: int = 1,
         shuffle_shards: int | None = None,
-        randaugment_by: Literal["dali", "torch"] = "dali",
+        loader: Literal["dali", "torch"] = "dali",
+        randaugment_on: Literal["loader", "device"] = "loader",
     ) -> None:
         if image_size < 32:
             raise UserError(
@@ -87,7 +91,8 @@ class ImageData:
         self.repeats, self.shuffle_shards = repeats, shuffle_shards
         self.image_size, self.crop_pct, self.eval_batch_size = image_size, crop_pct, eval_batch_size
         self._image = dict(image_size=image_size, mean=mean, std=std)
-        self._threads, self._prefetch, self._randaugment_by = threads, prefetch, randaugment_by
+        self._threads, self._prefetch, self._randaugment_on = threads, prefetch, randaugment_on
+        self._loader = loader
 
     @property
     def num_classes(self) -> int:
@@ -108,25 +113,21 @@ class ImageData:
         self, plan: BatchPlan, augmentation: Augmentation, seed: int, world: World, first_step: int
     ) -> Iterator[Batch]:
         """This rank's endless micro-batches from a step on."""
-        from contextual_cnn.data.dali import train_batches  # after the checks: importing DALI takes seconds
-
         source = self.sources["train"]
         shards = ShardWindows(source.shard_sizes, self.shuffle_shards) if self.shuffle_shards else None
         sampler = TrainSampler(plan, seed, world.rank, first_step, repeats=self.repeats, shards=shards)
-        return train_batches(
+        return self._loader_module().train_batches(
             source,
             sampler,
             augmentation,
-            randaugment_by=self._randaugment_by,
+            randaugment_on=self._randaugment_on,
             **self._image,
             **self._running_on(world),
         )
 
     def evaluation_batches(self, world: World) -> "EvaluationBatches":
         """This rank's share of the val split, as often as it is iterated."""
-        from contextual_cnn.data.dali import EvaluationBatches
-
-        return EvaluationBatches(
+        return self._loader_module().EvaluationBatches(
             self.sources["val"],
             rank=world.rank,
             world_size=world.size,
@@ -145,6 +146,16 @@ class ImageData:
         if not kept:
             raise UserError(f"data.exclude leaves no image in {split}", "data.exclude=null")
         return source.take(kept)
+
+    def _loader_module(self) -> ModuleType:
+        """dali.py or torch_loader.py; after the checks, as importing DALI takes seconds."""
+        if self._loader == "torch":
+            from contextual_cnn.data import torch_loader
+
+            return torch_loader
+        from contextual_cnn.data import dali
+
+        return dali
 
     def _running_on(self, world: World) -> dict:
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

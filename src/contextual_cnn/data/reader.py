@@ -27,21 +27,28 @@ class BatchReader:
         """The batch's images, (bytes,) uint8 each. Raises UserError naming an image that cannot be read."""
         for wanted in (number, number + 1):
             if wanted not in self._started:
-                self._started[wanted] = [self._pool.submit(self._read, index) for index in self._indices_of(wanted)]
-        return [image.result() for image in self._started.pop(number)]
-
-    def _read(self, index: int) -> np.ndarray:
-        """One image. What is to happen where an image cannot be read is decided here."""
-        try:
-            encoded = self._source.read(index)
-        except OSError as error:
-            raise _unreadable(self._source.name(index), error.strerror or str(error)) from error
-        if not encoded:
-            raise _unreadable(self._source.name(index), "it is empty")
-        return np.frombuffer(encoded, np.uint8)
+                self._started[wanted] = [
+                    self._pool.submit(read_image, self._source, index) for index in self._indices_of(wanted)
+                ]
+        return [np.frombuffer(image.result(), np.uint8) for image in self._started.pop(number)]
 
 
-def _unreadable(name: str, reason: str) -> UserError:
+def read_image(source: ImageSource, index: int) -> bytes:
+    """One encoded image. What is to happen where an image cannot be read is decided here.
+
+    Raises:
+        UserError: naming the image.
+    """
+    try:
+        encoded = source.read(index)
+    except OSError as error:
+        raise unreadable(source.name(index), error.strerror or str(error)) from error
+    if not encoded:
+        raise unreadable(source.name(index), "it is empty")
+    return encoded
+
+
+def unreadable(name: str, reason: str) -> UserError:
     return UserError(
         f"the image {name} cannot be read: {reason}",
         "restore it; or list it in a file for data.exclude (scripts/check_data.py ROOT --write-exclude FILE)",

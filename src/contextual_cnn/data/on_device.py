@@ -1,0 +1,24 @@
+"""What is left to do for a batch of uint8 images on its device, where the loader did not do it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from contextual_cnn.data.augmentation import Draws
+from contextual_cnn.data.randaugment import torch_ops
+
+
+def augment(images: Tensor, draws: Draws, *, fill: tuple[int, ...], interpolation: str) -> Tensor:
+    """RandAugment or color jitter, and the flips, of (B, 3, H, W) uint8 images. See `torch_ops.apply_ops`."""
+    images = torch_ops.apply_ops(images, draws.ops, fill=fill, interpolation=interpolation)
+    flipped = torch.from_numpy(np.flatnonzero(draws.flip)).to(images.device)
+    images[flipped] = images[flipped].flip(3)
+    return images
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(B, 3, H, W) uint8 -> float32, channels_last. mean, std: for values in 0..1."""
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) * 255 for values in (mean, std))
+    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
