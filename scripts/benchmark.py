@@ -22,7 +22,6 @@ import numpy as np
 import timm.data
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_images
 from torchvision.ops import deform_conv2d
 
 from contextual_cnn.contracts import StagedScores
@@ -186,6 +185,8 @@ def benchmark_data(arguments: argparse.Namespace) -> dict:
 
 def write_photos(root: Path, images: int) -> Path:
     """500 x 375 JPEGs of quality 92, parts of two photographs, with grain: as large as ImageNet's mean, 110 kB."""
+    from sklearn.datasets import load_sample_images  # only here: it is no part of a training environment
+
     photos, rng = load_sample_images().images, np.random.default_rng(0)
     for i in range(images):
         path = root / "train" / f"class_{i % 4}" / f"{i}.JPEG"
