@@ -51,9 +51,10 @@ def write_photos(root: Path, images: int) -> Path:
 
 def _compare_loaders(root: Path, augmentation: Augmentation, arguments: argparse.Namespace) -> dict:
     """The loaders take turns; a turn starts with all queues full, uses its own up, and is timed in what follows."""
-    stock, timed = 6, 8  # batches; no loader here is further ahead than 4
+    stock, timed = 6, 8  # batches; no loader here is further ahead
     loaders = {
-        "ours, DALI": _our_batches(root, augmentation, arguments),
+        "ours, DALI": _our_batches(root, augmentation, arguments, "dali"),
+        "ours, torch": _our_batches(root, augmentation, arguments, "torch"),
         "timm": _timm_batches(root, augmentation, arguments),
     }
     rounds = []
@@ -85,8 +86,8 @@ def _summarise_loaders(rounds: list[dict]) -> dict:
     }
 
 
-def _our_batches(root: Path, augmentation: Augmentation, arguments: argparse.Namespace) -> Iterator:
-    data = ImageData(("train",), root=str(root), image_size=arguments.image_size)
+def _our_batches(root: Path, augmentation: Augmentation, arguments: argparse.Namespace, loader: str) -> Iterator:
+    data = ImageData(("train",), root=str(root), image_size=arguments.image_size, loader=loader)
     plan = BatchPlan.make(
         images=len(data.sources["train"]),
         global_batch=arguments.batch_size,
