@@ -45,7 +45,7 @@ def test_a_run_leaves_its_folder_behind(straight):
     run = folder / "run"
     for name in ("config.yaml", "environment.json", "metrics.jsonl", "train.log", "curves.png"):
         assert (run / name).stat().st_size > 0, name
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.pt", "previous.pt", "best.pt"}
     assert "global batch 16 = 8 images x 2 accumulated x 1 processes; 3 steps an epoch" in printed
     assert "epoch 4 evaluated: raw top-1" in printed
     rows = read_metrics(run / "metrics.jsonl")

@@ -13,7 +13,7 @@ import train
 from contextual_cnn import cli
 from contextual_cnn.contracts import StagedScores
 from contextual_cnn.data import Augmentation
-from contextual_cnn.engine.checkpoint import CheckpointStore
+from contextual_cnn.engine.checkpoint_store import CheckpointStore
 from contextual_cnn.engine.trainer import TrainerSettings
 from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.models import build_model
