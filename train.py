@@ -34,8 +34,6 @@ from contextual_cnn.randomness import Purpose, seed_all
 
 log = logging.getLogger("contextual_cnn.train")
 
-_PATIENCE, _PATIENCE_OF_A_SCHEDULER = 60, 5  # seconds for W&B at the end of a run, and when it is to make room
-
 SCHEMA = {
     "run_name": str,
     "output_dir": str,
@@ -71,9 +69,9 @@ def main(hydra_config: DictConfig) -> None:
     augmentation.check_micro_batch(plan.micro_batch)
     request = StopRequest(seconds_of(settings.max_time))
     with process_group(settings.device, settings.timeout_minutes) as world:
-        stopped = train(config, settings, data, augmentation, plan, world, request)
-    if stopped is not None:
-        raise Stopped(stopped)
+        is_complete = train(config, settings, data, augmentation, plan, world, request)
+    if not is_complete:
+        raise Stopped
 
 
 def train(
@@ -84,8 +82,8 @@ def train(
     plan: BatchPlan,
     world: World,
     request: StopRequest,
-) -> str | None:
-    """Returns None from a complete run, else how it ended and how to go on."""
+) -> bool:
+    """Returns whether the run is complete; if not, it was asked to stop."""
     console = start_logging(world.is_main)
     listing = digest_listing(data.folders["train"])
     facts = {"configuration": digest_config(config), "code": digest_code(), "train images": listing}
@@ -130,7 +128,7 @@ def train(
             trainer.step,
             trainer.best["top1"],
         )
-        return None
+        return True
 
     logger = NullLogger()
     if world.is_main:
@@ -148,12 +146,14 @@ def train(
         try:
             is_complete = trainer.fit(logger, console, request)
         finally:
-            logger.close(patience=_PATIENCE if trainer.is_complete else _PATIENCE_OF_A_SCHEDULER)
+            logger.close(in_a_hurry=not trainer.is_complete)
     if not is_complete:
         reason = request.reason or "another process was asked to stop"
-        return (
-            f"stopped after step {trainer.step}: {reason}; saved in {store.last}; the same command goes on from there"
+        log.info(
+            "stopped after step %d: %s; saved in %s; the same command goes on from there",
+            *(trainer.step, reason, store.last),
         )
+        return False
     if world.is_main:
         plot_curves(read_metrics(run.metrics), run.curves, config["run_name"])
         best = trainer.best
@@ -164,7 +164,7 @@ def train(
             best["epoch"],
             run.path,
         )
-    return None
+    return True
 
 
 def _num_classes(config: dict[str, Any], data: ImageData) -> int:

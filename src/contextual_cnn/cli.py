@@ -55,9 +55,7 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
             _exit(error)
         except OmegaConfBaseException as error:
             _exit(_explain(error))
-        except Stopped as stopped:
-            if is_main_process():
-                print(stopped)
+        except Stopped:
             _leave(STOPPED)
         except LostProcess as error:
             sys.exit(f"error: {error}\n  fix: see what ended that process; the same command resumes")

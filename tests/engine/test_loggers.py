@@ -4,7 +4,6 @@ import json
 import time
 
 import pytest
-import wandb
 
 from contextual_cnn.engine.loggers import JsonLinesLogger, open_loggers, read_metrics
 from contextual_cnn.errors import UserError
@@ -23,11 +22,11 @@ def test_rows_of_a_killed_run_beyond_the_checkpoint_are_written_again_not_twice(
     logger = JsonLinesLogger(path, resumed_step=0)
     for step in range(1, 8):
         logger.log(step, {"loss": step / 2})
-    logger.close(patience=20)
+    logger.close()
     path.write_text(path.read_text() + '{"step": 8, "lo')  # killed in the middle of a line
     logger = JsonLinesLogger(path, resumed_step=5)
     logger.log(6, {"loss": 3.0})
-    logger.close(patience=20)
+    logger.close()
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5, 6]
     assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
 
@@ -37,7 +36,7 @@ def test_without_a_key_wandb_runs_offline_and_keeps_its_id(tmp_path):
     for resumed_step in (0, 3):
         logger = open_loggers(tmp_path, {"lr": 0.1}, "name", resumed_step, wandb="auto")
         logger.log(resumed_step + 1, {"train/loss": 1.0})
-        logger.close(patience=20)
+        logger.close()
         ids.append((tmp_path / "wandb_id.txt").read_text())
     assert ids[0] == ids[1]
     runs = list((tmp_path / "wandb").glob("offline-run-*"))
@@ -59,6 +58,6 @@ def test_unreachable_wandb_goes_offline_in_seconds(tmp_path, monkeypatch):
     logger = open_loggers(tmp_path, {"lr": 0.1}, "name", 0, wandb="auto")
     assert time.perf_counter() - started < 60  # its own patience is 100 s
     logger.log(1, {"train/loss": 1.0})
-    logger.close(patience=20)
+    logger.close()
     assert list((tmp_path / "wandb").glob("offline-run-*"))
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 1.0}]

@@ -66,5 +66,5 @@ def test_another_number_of_processes_is_said_and_another_global_batch_refused(st
     assert "drawn anew" not in caplog.text
     load_newest(store, CONFIG, ("a",), "abc", plan(micro_batch=2), "auto")
     assert "micro-batches of 2 images instead of 4" in caplog.text
-    with pytest.raises(UserError, match="counts steps of 8 images, trainer.global_batch_size=6"):
+    with pytest.raises(UserError, match=r"counts steps of 8 images, trainer.global_batch_size=6"):
         load_newest(store, CONFIG, ("a",), "abc", plan(global_batch=6, micro_batch=3), "anyway")

@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 class MetricsLogger(Protocol):
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
 
-    def close(self, patience: float) -> None:
-        """Waits at most about `patience` seconds for what is not written yet."""
+    def close(self, in_a_hurry: bool = False) -> None:
+        """Writes what is left; does not wait long for a server, and if somebody else is waiting, hardly at all."""
         ...
 
 
@@ -29,7 +29,7 @@ class NullLogger:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         pass
 
-    def close(self, patience: float) -> None:
+    def close(self, in_a_hurry: bool = False) -> None:
         pass
 
 
@@ -54,7 +54,7 @@ class JsonLinesLogger:
         self._pending += json.dumps({"step": step, **metrics}).encode() + b"\n"
         self._write()
 
-    def close(self, patience: float) -> None:
+    def close(self, in_a_hurry: bool = False) -> None:
         self._write()
         os.close(self._file)
         if self._pending:
@@ -84,9 +84,9 @@ class Loggers:
         for logger in self._loggers:
             logger.log(step, metrics)
 
-    def close(self, patience: float) -> None:
+    def close(self, in_a_hurry: bool = False) -> None:
         for logger in self._loggers:
-            logger.close(patience)
+            logger.close(in_a_hurry)
 
 
 def open_loggers(
@@ -98,12 +98,14 @@ def open_loggers(
     wandb: Literal["auto", "online", "offline", "off"] = "auto",
     project: str = "contextual-cnn",
     entity: str | None = None,
+    patience: float = 30,
 ) -> MetricsLogger:
     """Rank 0's loggers.
 
     Args:
         wandb: "auto" is what WANDB_MODE says; without it online where there is an API key (WANDB_API_KEY or
             `wandb login`) and offline elsewhere; `wandb sync FOLDER/wandb/offline-run-*` sends an offline run later.
+        patience: seconds that the end of the run waits for W&B.
     """
     lines = JsonLinesLogger(folder / "metrics.jsonl", resumed_step)
     if wandb == "off":
@@ -113,7 +115,10 @@ def open_loggers(
             "logger.wandb=online, but there is no W&B API key",
             "run `wandb login`, or use logger.wandb=offline",
         )
-    return Loggers(lines, WandbLogger(folder, config, project=project, entity=entity, run_name=run_name, mode=wandb))
+    return Loggers(
+        lines,
+        WandbLogger(folder, config, project=project, entity=entity, run_name=run_name, mode=wandb, patience=patience),
+    )
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -387,7 +387,9 @@ class Trainer:
         self.module.load_state_dict(state["model"])
         if self.ema is not None and state["ema"] is not None:
             self.ema.module.load_state_dict(state["ema"])
-        options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        # The config's options, not the checkpoint's; but for lr, which the schedule sets with every step
+        groups = self.optimizer.param_groups
+        options = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, configured in zip(self.optimizer.param_groups, options, strict=True):
-            group.update(configured)  # load_state_dict would let the checkpoint's options override the config's
+            group.update(configured)

@@ -15,6 +15,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 _INIT_TIMEOUT = 15  # seconds; W&B's own patience without a network is 100 s
+_HURRY = 5  # seconds
 
 
 class WandbLogger:
@@ -23,6 +24,7 @@ class WandbLogger:
     Args:
         folder: of the run; W&B's files go to its wandb/.
         mode: online, offline, or auto: what WANDB_MODE says, else online if there is an API key.
+        patience: seconds that `close` waits for what has not been sent.
     """
 
     def __init__(
@@ -34,11 +36,12 @@ class WandbLogger:
         entity: str | None,
         run_name: str,
         mode: str,
+        patience: float,
     ) -> None:
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
         options = dict(project=project, entity=entity, name=run_name, dir=folder, config=config)
-        self._folder = folder
+        self._folder, self._patience = folder, patience
         self._rows: SimpleQueue[dict[str, float] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._mirror, args=(mode, options), name="wandb", daemon=True)
         self._thread.start()
@@ -46,8 +49,8 @@ class WandbLogger:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._rows.put({"step": step, **metrics})
 
-    def close(self, patience: float) -> None:
-        """Waits so many seconds for what has not been sent."""
+    def close(self, in_a_hurry: bool = False) -> None:
+        patience = min(self._patience, _HURRY) if in_a_hurry else self._patience
         self._rows.put(None)
         self._thread.join(patience)
         if self._thread.is_alive():
