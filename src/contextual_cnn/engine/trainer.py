@@ -139,7 +139,7 @@ class Trainer:
         self.last_step = min(whole, settings.max_steps or whole)
         self.step, self.best = 0, {"top1": -1.0, "epoch": 0, "weights": "raw"}
         self._ended_step = 0  # the last step after which the end of an epoch has been dealt with
-        self._skipping, self._rollbacks = False, 0
+        self._skipping, self._rollbacks, self._rolled_back_at = False, 0, -settings.max_skipped_steps
         if state is not None:
             self._restore(state)
         # Wrapped last: the EMA copy and the checkpoints see the bare module, whose names have no prefix
@@ -200,6 +200,11 @@ class Trainer:
     def epoch(self) -> int:
         """Epochs that are complete."""
         return self.step // self.plan.steps_per_epoch
+
+    @property
+    def _is_sound(self) -> bool:
+        """Whether the weights look like something to go back to: a rollback must not end where it began."""
+        return not self._skipping and self.step - self._rolled_back_at > self.settings.max_skipped_steps
 
     def _train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step: accumulate, guard, step, average."""
@@ -284,12 +289,12 @@ class Trainer:
         )
         self._restore_weights(state)
         self.meter.skipped_in_a_row.zero_()
-        self._rollbacks += 1
-        self._skipping = False
+        self._rollbacks, self._rolled_back_at, self._skipping = self._rollbacks + 1, self.step, False
         return True
 
     def _nonfinite_error(self, step: int, skipped: int) -> UserError:
         """What the first of the skipped steps looks like: computed again, which gives the same draws and weights."""
+        self.schedule.step_update(step)
         batches = self.data.train_batches(self.plan, self.augmentation, self.seed, self.world, step)
         prepared = (self._augment(next(batches), step, i) for i in range(self.plan.accumulation))
         found = explain_nonfinite(
@@ -308,7 +313,7 @@ class Trainer:
 
     def _save_inside_epoch(self) -> None:
         """Where an epoch ends, that is saved with its evaluation."""
-        if self.world.is_main and not self._owes_epoch_end and not self._skipping and self.store.is_due(self.step):
+        if self.world.is_main and not self._owes_epoch_end and self._is_sound and self.store.is_due(self.step):
             self.store.save(self._state())
 
     def _end_epoch(self, val_batches: "EvaluationBatches", logger: MetricsLogger, request: StopRequest) -> bool:
@@ -322,7 +327,7 @@ class Trainer:
                 return False
             logger.log(self.step, metrics)
         self._ended_step = self.step
-        is_due = is_last or is_best or (self.epoch % self.store.every_epochs == 0 and not self._skipping)
+        is_due = is_last or is_best or (self.epoch % self.store.every_epochs == 0 and self._is_sound)
         if self.world.is_main and is_due:
             self.store.save(self._state(), is_best=is_best)
         self.meter.restart_clock()
