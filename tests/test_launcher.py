@@ -165,5 +165,5 @@ def test_processes_with_other_data_are_found_at_the_start(image_root, tmp_path):
     script.write_text(f'[ $LOCAL_RANK = 1 ] && extra=data.root={other}\nexec {sys.executable} "$@" $extra\n')
     launched = Launched(tmp_path, "--no-python", "bash", str(script), *small_run(image_root, tmp_path))
     assert launched.wait() == 2, launched.printed
-    assert "rank 1 of 2 has another val images than rank 0" in launched.printed
+    assert "not the same val images on rank 1 of 2 as on rank 0" in launched.printed
     assert not (tmp_path / "run").exists()

@@ -66,4 +66,4 @@ def check_agreement(facts: Mapping[str, str]) -> None:
         others = [rank for rank, theirs in enumerate(everyones) if theirs[i] != everyones[0][i]]
         if others:
             ranks = f"rank {others[0]}" + (f" and {len(others) - 1} more" if others[1:] else "")
-            raise UserError(f"{ranks} of {len(everyones)} has another {name} than rank 0", _FIXES[name])
+            raise UserError(f"not the same {name} on {ranks} of {len(everyones)} as on rank 0", _FIXES[name])
