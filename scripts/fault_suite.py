@@ -99,9 +99,9 @@ def _(bench: Bench) -> str:
     draw, kills, fell_back = random.Random(0), 0, 0
     while kills < 5:
         process = bench.start(*bench.command("checkpoint.every_steps=1"))
-        while bench.step == 0 and process.poll() is None:
+        while process.poll() is None and "run folder" not in bench.printed:
             time.sleep(0.02)
-        time.sleep(draw.uniform(0.0, 1.0))
+        time.sleep(draw.uniform(0.5, 2.0))
         if process.poll() is not None:
             break
         process.kill()
@@ -112,6 +112,7 @@ def _(bench: Bench) -> str:
             content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
             bench.last.write_bytes(content)
             fell_back += 1
+    assert fell_back > 0
     status, printed = bench.train()
     assert status == 0, printed
     bench.assert_same_end()
