@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from contextual_cnn.distributed import is_main_process
 from contextual_cnn.engine.checkpoint import DamagedCheckpoint, load_checkpoint, step_of, write_checkpoint
-from contextual_cnn.engine.snapshot import take_snapshot
 from contextual_cnn.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class CheckpointStore:
         A write that fails is a warning, and the files that were there are intact.
         """
         self.wait()
-        snapshot, copied = take_snapshot(state)
+        snapshot, copied = _snapshot(state)
         self._saved_step, self._saved_at = state["step"], time.monotonic()
         self._writer = threading.Thread(target=self._write, args=(snapshot, copied, is_best), name="checkpoint")
         self._writer.start()
@@ -140,6 +140,29 @@ class CheckpointStore:
             "what was written before is intact",
             "make room or make the folder writable, then start the same command again: it resumes",
         )
+
+
+def _snapshot(state: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
+    """A copy in the CPU's memory that no later step changes, and what to call before it is read.
+
+    Copies from a GPU are queued behind the step that made the state and are not waited for here.
+    """
+    snapshot = _to_cpu(state)
+    if not torch.cuda.is_available():
+        return snapshot, lambda: None
+    event = torch.cuda.Event()
+    event.record()
+    return snapshot, event.synchronize
+
+
+def _to_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: _to_cpu(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_to_cpu(item) for item in value)
+    return value
 
 
 def _check_finite(state: dict[str, Any]) -> None:
