@@ -1,6 +1,7 @@
 """Trains a model: python train.py model=contextual_convnext_t data.root=/path/to/imagenet run_name=NAME
 
 The same command again resumes. Under torchrun, on any number of nodes, it is the same command too.
+Exit status: 0 complete; 75 stopped by a signal or trainer.max_time, to be started again; 2 a mistake to put right.
 """
 
 import logging
@@ -17,13 +18,15 @@ from contextual_cnn.analysis.curves import plot_curves
 from contextual_cnn.cli import Group
 from contextual_cnn.data import Augmentation, ImageData
 from contextual_cnn.data.sampler import BatchPlan
-from contextual_cnn.distributed import World, process_group, same_on_all_ranks, world_size
-from contextual_cnn.engine.checkpoint import CheckpointStore
+from contextual_cnn.distributed import World, barrier, process_group, world_size
+from contextual_cnn.engine.agreement import check_agreement, digest_code, digest_config, digest_listing
+from contextual_cnn.engine.checkpoint_store import CheckpointStore
 from contextual_cnn.engine.loggers import NullLogger, open_loggers, read_metrics
-from contextual_cnn.engine.resume import load_last
+from contextual_cnn.engine.resume import load_newest
 from contextual_cnn.engine.run_folder import RunFolder, start_logging
+from contextual_cnn.engine.stopping import StopRequest, seconds_of
 from contextual_cnn.engine.trainer import Trainer, TrainerSettings
-from contextual_cnn.errors import UserError
+from contextual_cnn.errors import Stopped, UserError
 from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.models import build_model, describe
 from contextual_cnn.optim import build_optimizer, build_schedule
@@ -64,8 +67,11 @@ def main(hydra_config: DictConfig) -> None:
         world_size=world_size(),
     )
     augmentation.check_micro_batch(plan.micro_batch)
+    request = StopRequest(seconds_of(settings.max_time))
     with process_group(settings.device, settings.timeout_minutes) as world:
-        train(config, settings, data, augmentation, plan, world)
+        is_complete = train(config, settings, data, augmentation, plan, world, request)
+    if not is_complete:
+        raise Stopped
 
 
 def train(
@@ -75,9 +81,14 @@ def train(
     augmentation: Augmentation,
     plan: BatchPlan,
     world: World,
-) -> None:
+    request: StopRequest,
+) -> bool:
+    """Returns whether the run is complete; if not, it was asked to stop."""
     console = start_logging(world.is_main)
     data.log_summary()
+    listing = digest_listing(data.sources["train"])
+    facts = {"configuration": digest_config(config), "code": digest_code(), "train images": listing}
+    check_agreement(facts | {"val images": digest_listing(data.sources["val"])})
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     seed_all(Purpose.INITIAL_WEIGHTS, config["seed"])
@@ -88,13 +99,12 @@ def train(
     schedule = build_schedule(optimizer, plan.steps_per_epoch, **config["schedule"])
 
     run = RunFolder(Path(config["output_dir"]) / config["run_name"])
+    if world.is_main:
+        run.claim()
+    barrier()  # nobody reads before rank 0 is the only one who may write
     store = CheckpointStore(run.checkpoints, **config["checkpoint"])
-    state = load_last(store, config, data.classes, plan.images, config["resume"])
-    if not same_on_all_ranks(state["step"] if state else 0):
-        raise UserError(
-            f"the processes see different checkpoints in {run.checkpoints}",
-            "set output_dir to a folder that all nodes share",
-        )
+    state = load_newest(store, config, data.classes, listing, plan, config["resume"])
+    check_agreement({"checkpoint": str(state and state["step"])})
     trainer = Trainer(
         settings,
         model=model,
@@ -109,6 +119,7 @@ def train(
         world=world,
         store=store,
         config=config,
+        listing=listing,
         state=state,
     )
     if trainer.is_complete:
@@ -118,7 +129,7 @@ def train(
             trainer.step,
             trainer.best["top1"],
         )
-        return
+        return True
 
     logger = NullLogger()
     if world.is_main:
@@ -132,8 +143,18 @@ def train(
             "selection=reduce drops classes for good and collapsed to chance from a random start wherever it was tried "
             "(docs/staged-loss.md); watch the recall per stage, or use model.selection=rerank"
         )
-    trainer.fit(logger, console)
-    logger.close()
+    with request:
+        try:
+            is_complete = trainer.fit(logger, console, request)
+        finally:
+            logger.close(in_a_hurry=not trainer.is_complete)
+    if not is_complete:
+        reason = request.reason or "another process was asked to stop"
+        log.info(
+            "stopped after step %d: %s; saved in %s; the same command goes on from there",
+            *(trainer.step, reason, store.last),
+        )
+        return False
     if world.is_main:
         plot_curves(read_metrics(run.metrics), run.curves, config["run_name"])
         best = trainer.best
@@ -144,6 +165,7 @@ def train(
             best["epoch"],
             run.path,
         )
+    return True
 
 
 def _num_classes(config: dict[str, Any], data: ImageData) -> int:

@@ -45,7 +45,7 @@ def test_a_run_leaves_its_folder_behind(straight):
     run = folder / "run"
     for name in ("config.yaml", "environment.json", "metrics.jsonl", "train.log", "curves.png"):
         assert (run / name).stat().st_size > 0, name
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.pt", "previous.pt", "best.pt"}
     assert "global batch 16 = 8 images x 2 accumulated x 1 processes; 3 steps an epoch" in printed
     assert "epoch 4 evaluated: raw top-1" in printed
     rows = read_metrics(run / "metrics.jsonl")
@@ -174,16 +174,6 @@ def test_any_timm_model_trains_under_the_same_recipe(image_root, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "recall" not in done.stdout
     evaluation(run_command("evaluate.py", f"checkpoint={tmp_path}/run"))
-
-
-def test_gradients_that_stay_non_finite_stop_the_run_and_change_no_weight(image_root, tmp_path):
-    overrides = ["optimizer.lr=1e30", "schedule.warmup_epochs=0", "trainer.max_skipped_steps=2"]
-    done = run_command(*small_run(image_root, tmp_path, *overrides))
-    assert done.returncode == 2, done.stdout
-    assert "were not finite for 2 steps" in done.stderr
-    assert "optimizer.lr" in done.stderr
-    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert rows[0]["train/skipped_steps"] == 0
 
 
 def test_the_papers_selection_says_what_it_risks(image_root, tmp_path):

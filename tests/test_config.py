@@ -13,7 +13,7 @@ import train
 from contextual_cnn import cli
 from contextual_cnn.contracts import StagedScores
 from contextual_cnn.data import Augmentation
-from contextual_cnn.engine.checkpoint import CheckpointStore
+from contextual_cnn.engine.checkpoint_store import CheckpointStore
 from contextual_cnn.engine.trainer import TrainerSettings
 from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.models import build_model
@@ -107,6 +107,12 @@ MISTAKES = [
     ([], "no value for data.root", "data.root=VALUE"),
     (["data.root=/nowhere"], "looked for the folder /nowhere/train", "ROOT/train/CLASS"),
     (["data.root=x", "trainer.global_batch_size=many"], "is not an integer", "trainer.global_batch_size=1"),
+    (["data.root=x", "run_name=${oc.env:HOME}"], "run_name=${oc.env:HOME} would be computed", "write the value itself"),
+    (["data.root=${oc.decode:x}"], "data.root=${oc.decode:x} would be computed", "write the value itself"),
+    (["data.root=x", "run_name='${${model.name}:x}'"], "would be computed", "write the value itself"),
+    (["data.root=x", "trainer.max_time=soon"], "trainer.max_time=soon is no time limit", "trainer.max_time=3:50:00"),
+    (["data.root=x", "trainer.on_nonfinite=ignore"], "is not one of skip, stop, rollback", "trainer.on_nonfinite=skip"),
+    (["data.root=x", "checkpoint.every_minutes=soon"], "is not a number", "checkpoint.every_minutes"),
     (["data.root=x", "trainer.compile=7"], "trainer.compile=7 is not true or false", "true"),
     (["data.root=x", "model.selection=best"], "is not one of rerank, reduce", "model.selection=rerank"),
     (["data.root=x", "augment.hflip=3"], "augment.hflip is a share", "augment.hflip=0"),

@@ -9,6 +9,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -19,14 +20,16 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from contextual_cnn.distributed import is_main_process
-from contextual_cnn.errors import UserError
+from contextual_cnn.distributed import end_with_launcher, is_main_process
+from contextual_cnn.errors import STOPPED, LostProcess, Stopped, UserError
 
 Schema = Mapping[str, Any]  # a key's type, or a Group
 
 
 def run(main: Callable[[], None]) -> None:
     """Starts a Hydra main; a config that cannot be composed is the user's mistake too."""
+    end_with_launcher()
+    _report_status(0)
     # Hydra then raises its errors instead of printing them in its own way; ours are printed by _exit
     _wants_traceback()
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -39,6 +42,8 @@ def run(main: Callable[[], None]) -> None:
 def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
     """Ends a user's mistake with its cause, its fix and exit status 2; HYDRA_FULL_ERROR=1 adds the traceback.
 
+    A run that was stopped in order ends with status 75, one that lost another process with 1.
+
     Belongs directly on the function, inside hydra.main, which announces every exception that reaches it.
     """
 
@@ -50,6 +55,10 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
             _exit(error)
         except OmegaConfBaseException as error:
             _exit(_explain(error))
+        except Stopped:
+            _leave(STOPPED)
+        except LostProcess as error:
+            sys.exit(f"error: {error}\n  fix: see what ended that process; the same command resumes")
         except KeyboardInterrupt:
             sys.exit("interrupted; the same command resumes from the last checkpoint")
 
@@ -67,7 +76,25 @@ def _exit(error: UserError) -> NoReturn:
         traceback.print_exc()
     if is_main_process():  # once, not once per rank
         print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    _leave(2)
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends with a status that a restart would not change.
+
+    torchrun turns every status but 0 into a restart or a 1. scripts/launch.sh reads the status from a file instead.
+    """
+    sys.exit(0 if _report_status(status) else status)
+
+
+def _report_status(status: int) -> bool:
+    """Whether there is somebody who reads it."""
+    path = os.environ.get("CONTEXTUAL_CNN_STATUS_FILE")
+    if path is None or (status == 0 and os.environ.get("LOCAL_RANK", "0") != "0"):
+        return False
+    with open(path, "w") as file:
+        file.write(f"{status}")
+    return True
 
 
 class Group:
@@ -93,12 +120,28 @@ def read_config(config: DictConfig, schema: Schema) -> dict[str, Any]:
         UserError: the first mistake, with the nearest key or the values allowed.
     """
     _check_all_keys(OmegaConf.to_container(config), schema)
+    _check_interpolations("", OmegaConf.to_container(config))
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"no value for {', '.join(missing)}", " ".join(f"{key}=VALUE" for key in missing))
     plain = OmegaConf.to_container(config, resolve=True)
     check_config(plain, schema)
     return plain
+
+
+def _check_interpolations(prefix: str, value: Any) -> None:
+    """Only ${other.key}: a resolver (${oc.env:NAME}) runs code or lets the environment into what is saved and sent."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_interpolations(f"{prefix}.{key}" if prefix else str(key), item)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            _check_interpolations(f"{prefix}[{i}]", item)
+    elif isinstance(value, str) and "${" in re.sub(r"\$\{[\w.]+\}", "", value):
+        raise UserError(
+            f"{prefix}={value} would be computed when the config is read",
+            f"write the value itself; only references to other keys work here, as {prefix}=${{run_name}}",
+        )
 
 
 def check_config(plain: Mapping[str, Any], schema: Schema) -> None:

@@ -1,7 +1,9 @@
-"""The process group: who am I, how many are we, and the two collectives that the framework needs."""
+"""The process group: who am I, how many are we, and the few collectives that the framework needs."""
 
+import ctypes
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,7 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from contextual_cnn.errors import UserError
+from contextual_cnn.errors import LostProcess, UserError
+
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,12 @@ def process_group(device: str = "auto", timeout_minutes: float = 10) -> Iterator
     Args:
         device: "auto" (a GPU where there is one), "cuda" or "cpu".
         timeout_minutes: how long a collective waits for a rank that does not come.
+
+    Raises:
+        LostProcess: another process ended, or did not come in time.
+        UserError: there is no such device, or torchrun would not be able to restart the processes.
     """
+    _check_restarts()
     rank, size = int(os.environ.get("RANK", "0")), world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     where = _device(device, local_rank)
@@ -60,9 +69,43 @@ def process_group(device: str = "auto", timeout_minutes: float = 10) -> Iterator
         )
     try:
         yield World(rank, size, local_rank, where)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except RuntimeError as error:
+        if _is_about_a_peer(error):
+            raise LostProcess(
+                f"rank {rank}: another process of the run has ended, or did not answer within {timeout_minutes:g} min "
+                f"({str(error).splitlines()[0]:.150})"
+            ) from error
+        raise
+    if dist.is_initialized():  # after a failure it would wait for those that do not come
+        dist.destroy_process_group()
+
+
+def end_with_launcher() -> None:
+    """Has the kernel send SIGTERM to this process when torchrun dies; or it would train on, unseen.
+
+    torchrun gives every worker a session of its own, so that not even closing its terminal reaches them.
+    """
+    if _is_under_torchrun():
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _is_under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _check_restarts() -> None:
+    """Restarted workers find the addresses of the dead ones in the agent's store: more than half never came back."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise UserError(
+            f"torchrun --max-restarts {restarts} does not bring a run back with its default store in this torch",
+            "use scripts/launch.sh, or export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun",
+        )
+
+
+def _is_about_a_peer(error: RuntimeError) -> bool:
+    """gloo raises plain RuntimeErrors that name its source files."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _device(name: str, local_rank: int) -> torch.device:
@@ -90,11 +133,63 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def same_on_all_ranks(value: int) -> bool:
-    """Whether every process holds the same number."""
+def gather_numbers(numbers: Sequence[int]) -> list[list[int]]:
+    """Every rank's numbers (int64, as many on each rank), by rank."""
     if not dist.is_initialized():
-        return True
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
-    extremes = torch.tensor([value, -value], device=device)
-    dist.all_reduce(extremes, dist.ReduceOp.MAX)
-    return extremes[0].item() == -extremes[1].item()
+        return [list(numbers)]
+    mine = torch.tensor(numbers, dtype=torch.int64, device=_collective_device())
+    everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyones, mine)
+    return [theirs.tolist() for theirs in everyones]
+
+
+def barrier() -> None:
+    """Returns when every rank has come here."""
+    gather_numbers([0])
+
+
+class AnyRank:
+    """Whether any rank says yes, told to all of them at the same call: one call late, so that nobody waits.
+
+    The answer to a call is fetched by the next one, a step later. By then it is there: neither the host nor the
+    device has stood still for it, and the host is never more than one step ahead. A process alone is told at once.
+    """
+
+    def __init__(self) -> None:
+        self._fetch: Callable[[], bool] = lambda: False
+
+    def __call__(self, yes: bool) -> bool:
+        """To be called by all ranks as often."""
+        if not dist.is_initialized():
+            return yes
+        answer = self._fetch()
+        self._fetch = _ask(yes)
+        return answer
+
+
+def _ask(yes: bool) -> Callable[[], bool]:
+    """Starts the all-reduce; what it returns waits for the answer."""
+    device = _collective_device()
+    flag = torch.full((1,), float(yes), device=device)
+    work = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
+    if device.type == "cpu":
+
+        def fetch() -> bool:
+            work.wait()
+            return bool(flag)
+
+        return fetch
+    work.wait()  # of the device's stream, not of the host
+    answer = flag.to("cpu", non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def fetch() -> bool:
+        arrived.synchronize()
+        return bool(answer)
+
+    return fetch
+
+
+def _collective_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -1,7 +1,9 @@
-"""A user's mistake, as opposed to a defect: one line with the cause and one with the fix."""
+"""How a command ends before its time, other than by a defect: a user's mistake, or a request to stop."""
 
 import sys
 from collections.abc import Callable
+
+STOPPED = 75  # exit status EX_TEMPFAIL: nothing is wrong, start the same command again
 
 
 class UserError(Exception):
@@ -19,6 +21,14 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return f"{self.cause}\n  fix: {self.fix}"
+
+
+class Stopped(Exception):
+    """A signal or a time limit ended the run with everything saved. The entry scripts exit with STOPPED."""
+
+
+class LostProcess(Exception):
+    """Another process of the run has died or does not answer. The entry scripts exit with 1, and torchrun restarts."""
 
 
 def run_script(main: Callable[[], None]) -> None:

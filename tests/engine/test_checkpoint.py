@@ -1,48 +1,84 @@
 """Checkpoints: whole or not at all, and never trusted."""
 
+import hashlib
 import os
+import random
 
 import pytest
 import torch
 
-from contextual_cnn.engine.checkpoint import CheckpointStore, find_checkpoint, load_checkpoint
-from contextual_cnn.engine.resume import load_last
+from contextual_cnn.engine.checkpoint import (
+    DamagedCheckpoint,
+    Manifest,
+    find_checkpoint,
+    load_checkpoint,
+    step_of,
+    write_checkpoint,
+)
 from contextual_cnn.errors import UserError
 
 
 def state(**changes):
-    config = {"data": {"root": "/a"}, "optimizer": {"lr": 0.1}, "trainer": {"log_every": 1}}
-    return {
-        "model": {"w": torch.ones(3)},
-        "step": 7,
-        "epoch": 1,
-        "classes": ["a"],
-        "images": 9,
-        "config": config,
-    } | changes
+    return {"model": {"w": torch.ones(3)}, "step": 7} | changes
 
 
-def test_round_trip_and_no_temporary_file_left(tmp_path):
-    store = CheckpointStore(tmp_path)
-    (tmp_path / "last.tmp").write_bytes(b"half of a checkpoint")
-    store.save(state(), store.last)
-    assert load_checkpoint(store.last)["step"] == 7
+def test_a_file_that_torch_reads_too_and_no_temporary_one(tmp_path):
+    path = tmp_path / "last.pt"
+    write_checkpoint(state(), path)
+    assert load_checkpoint(path)["step"] == step_of(path) == 7
+    assert torch.load(path, weights_only=True)["step"] == 7
+    assert path.read_bytes().splitlines()[-1].startswith(b'contextual-cnn checkpoint {"bytes": ')
     assert os.listdir(tmp_path) == ["last.pt"]
 
 
+def test_the_file_that_is_replaced_can_be_kept(tmp_path):
+    last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
+    for step in (1, 2, 3):
+        write_checkpoint(state(step=step), last, previous)
+    assert (step_of(last), step_of(previous)) == (3, 2)
+
+
 def test_a_write_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
-    store = CheckpointStore(tmp_path)
-    store.save(state(), store.last)
+    path = tmp_path / "last.pt"
+    write_checkpoint(state(), path)
 
     def full_disk(_state, file):
         file.write(b"x" * 100)
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(UserError, match="intact"):
-        store.save(state(step=8), store.last)
-    assert load_checkpoint(store.last)["step"] == 7
+    with pytest.raises(RuntimeError):
+        write_checkpoint(state(step=8), path)
+    assert load_checkpoint(path)["step"] == 7
     assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_what_could_not_be_loaded_again_is_not_kept(tmp_path):
+    path = tmp_path / "last.pt"
+    write_checkpoint(state(), path)
+    with pytest.raises(Exception, match="numpy"):
+        write_checkpoint(state(best=torch.ones(1).numpy().sum()), path)
+    assert load_checkpoint(path)["step"] == 7
+
+
+def test_every_flipped_bit_and_every_missing_end_is_noticed(tmp_path):
+    path = tmp_path / "last.pt"
+    write_checkpoint(state(), path)
+    content = bytearray(path.read_bytes())
+    draw = random.Random(0)
+    in_the_manifest = range(8 * (len(content) - 150), 8 * len(content))
+    for bit in [*draw.sample(range(8 * len(content)), 700), *draw.sample(in_the_manifest, 300)]:
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        content[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(DamagedCheckpoint):
+            load_checkpoint(path)
+    for length in (0, 1, 100, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(DamagedCheckpoint, match="no complete checkpoint"):
+            load_checkpoint(path)
+    path.write_bytes(content)
+    assert load_checkpoint(path)["step"] == 7
 
 
 class Payload:
@@ -53,21 +89,23 @@ class Payload:
         return os.mkdir, (self.marker,)
 
 
-def test_files_that_are_no_checkpoints_are_refused_and_not_run(tmp_path):
+def write_whole(content, path):
+    """Any file, with a manifest that fits it."""
+    torch.save(content, path)
+    data = path.read_bytes()
+    path.write_bytes(data + Manifest(len(data), hashlib.sha256(data).hexdigest(), 7).line())
+
+
+def test_what_is_no_checkpoint_is_refused_and_not_run(tmp_path):
     path, marker = tmp_path / "x.pt", tmp_path / "was_run"
-    torch.save({"format": 1, "model": Payload(str(marker))}, path)
-    whole = tmp_path / "whole.pt"
-    CheckpointStore(tmp_path).save(state(), whole)
-    contents = [path.read_bytes(), b"", b"text", whole.read_bytes()[:200], whole.read_bytes()[:-300]]
-    for content in contents:
-        path.write_bytes(content)
-        with pytest.raises(UserError, match="cannot be read"):
-            load_checkpoint(path)
+    write_whole({"format": 1, "model": Payload(str(marker))}, path)
+    with pytest.raises(UserError, match=r"is refused.*posix.mkdir"):
+        load_checkpoint(path)
     assert not marker.exists()
-    torch.save({"w": torch.ones(1)}, path)
+    write_whole({"w": torch.ones(1)}, path)
     with pytest.raises(UserError, match="no checkpoint of this program"):
         load_checkpoint(path)
-    torch.save(state(format=99), path)
+    write_whole(state(format=99), path)
     with pytest.raises(UserError, match="format 99"):
         load_checkpoint(path)
     with pytest.raises(UserError, match="there is no checkpoint"):
@@ -77,27 +115,9 @@ def test_files_that_are_no_checkpoints_are_refused_and_not_run(tmp_path):
 def test_a_run_folder_means_its_best_checkpoint(tmp_path):
     with pytest.raises(UserError, match="holds no"):
         find_checkpoint(str(tmp_path))
-    store = CheckpointStore(tmp_path / "checkpoints")
-    store.folder.mkdir()
-    store.save(state(), store.last)
-    assert find_checkpoint(str(tmp_path)) == store.last
-    store.save(state(), store.best)
-    assert find_checkpoint(str(tmp_path)) == store.best
-    assert find_checkpoint(str(store.last)) == store.last
-
-
-def test_only_the_same_run_goes_on_unasked(tmp_path, caplog):
-    store = CheckpointStore(tmp_path)
-    config = state()["config"]
-    assert load_last(store, config, ("a",), 9, "auto") is None
-    store.save(state(), store.last)
-    moved = config | {"data": {"root": "/b"}, "trainer": {"log_every": 50}}
-    assert load_last(store, moved, ("a",), 9, "auto")["step"] == 7
-    changed = config | {"optimizer": {"lr": 0.2}}
-    with pytest.raises(UserError, match=r"optimizer.lr: 0.1 -> 0.2"):
-        load_last(store, changed, ("a",), 9, "auto")
-    with pytest.raises(UserError, match="training images: 9 -> 10"):
-        load_last(store, config, ("a",), 10, "auto")
-    assert load_last(store, changed, ("a",), 10, "anyway")["step"] == 7
-    with pytest.raises(UserError, match="other classes"):
-        load_last(store, config, ("b",), 9, "anyway")
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in ("last.pt", "best.pt"):
+        write_checkpoint(state(), folder / name)
+        assert find_checkpoint(str(tmp_path)) == folder / name
+    assert find_checkpoint(str(folder / "last.pt")) == folder / "last.pt"

@@ -4,9 +4,8 @@ import json
 import time
 
 import pytest
-import wandb
 
-from contextual_cnn.engine.loggers import JsonLinesLogger, WandbLogger, open_loggers, read_metrics
+from contextual_cnn.engine.loggers import JsonLinesLogger, open_loggers, read_metrics
 from contextual_cnn.errors import UserError
 
 
@@ -54,7 +53,7 @@ def test_unreachable_wandb_goes_offline_in_seconds(tmp_path, monkeypatch):
     """The real client, a key, and nobody at the address: a closed port of this machine."""
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr("contextual_cnn.engine.loggers._INIT_TIMEOUT", 3)
+    monkeypatch.setattr("contextual_cnn.engine.wandb_logger._INIT_TIMEOUT", 3)
     started = time.perf_counter()
     logger = open_loggers(tmp_path, {"lr": 0.1}, "name", 0, wandb="auto")
     assert time.perf_counter() - started < 60  # its own patience is 100 s
@@ -62,22 +61,3 @@ def test_unreachable_wandb_goes_offline_in_seconds(tmp_path, monkeypatch):
     logger.close()
     assert list((tmp_path / "wandb").glob("offline-run-*"))
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 1.0}]
-
-
-def test_a_client_that_dies_stops_nothing(tmp_path, monkeypatch):
-    class Dead:
-        id = "x"
-
-        def define_metric(self, *_, **__):
-            pass
-
-        def log(self, _):
-            raise ConnectionResetError("the helper process is gone")
-
-        finish = log
-
-    monkeypatch.setattr(wandb, "init", lambda **_: Dead())
-    logger = WandbLogger(tmp_path, {}, project="p", entity=None, run_name="n", mode="offline")
-    logger.log(1, {"loss": 1.0})
-    logger.log(2, {"loss": 1.0})
-    logger.close()

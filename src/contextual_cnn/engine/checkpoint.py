@@ -1,79 +1,106 @@
-"""Checkpoints: plain tensors and numbers, written whole or not at all, read without running anything in them."""
+"""One checkpoint file: plain tensors and numbers, written whole or not at all, read without running anything in it.
 
+A file is what torch.save writes and, after it, one line of text that makes it complete:
+
+    contextual-cnn checkpoint {"bytes": 133719, "sha256": "9f86d081...", "step": 1251}
+
+bytes and sha256 are of all that comes before the line. torch.load and zip tools pass over it; `tail -n 1` shows it.
+In the file itself, it is moved, copied and replaced together with what it vouches for.
+"""
+
+import hashlib
+import json
 import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from contextual_cnn.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
+_MARK = b"\ncontextual-cnn checkpoint "
+_LONGEST_LINE = 256  # bytes; a manifest has about 150
+_BLOCK = 1 << 22
 
 
-class CheckpointStore:
-    """The checkpoints of one run: `last.pt` to resume from and `best.pt` to evaluate.
+class DamagedCheckpoint(UserError):
+    """A file that is not what was written: cut short, changed, or never completed."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checkpoint's last line: length and SHA-256 of what comes before it, and the step, to choose by."""
+
+    bytes: int
+    sha256: str
+    step: int
+
+    def line(self) -> bytes:
+        return _MARK + json.dumps(asdict(self)).encode() + b"\n"
+
+    @classmethod
+    def read(cls, file: BinaryIO) -> "Manifest | None":
+        """The manifest of an open file; None if it has none, or one that does not fit the file's length."""
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _LONGEST_LINE))
+        end = file.read()
+        line = end[end.rfind(_MARK) :] if _MARK in end else b""
+        try:
+            manifest = cls(**json.loads(line[len(_MARK) :]))
+        except (ValueError, TypeError):
+            return None
+        # Spelled exactly as `line` spells it, so that no changed bit passes
+        return manifest if line == manifest.line() and size == manifest.bytes + len(line) else None
+
+
+def write_checkpoint(state: dict[str, Any], path: Path, previous: Path | None = None) -> None:
+    """Writes beside the old file, then puts the new one in its place: a kill at any moment leaves a whole file.
 
     Args:
-        folder: created when the first checkpoint is written.
-        every_epochs: how often `last.pt` is written; always after the last epoch too.
+        previous: where the file that is replaced is kept, if it is.
+
+    Raises:
+        OSError, RuntimeError: it could not be written; what was there is untouched.
     """
-
-    def __init__(self, folder: Path, *, every_epochs: int = 1) -> None:
-        if every_epochs < 1:
-            raise UserError(
-                f"checkpoint.every_epochs must be 1 or more, got {every_epochs}", "checkpoint.every_epochs=1"
-            )
-        self.folder, self.every_epochs = folder, every_epochs
-
-    @property
-    def last(self) -> Path:
-        return self.folder / "last.pt"
-
-    @property
-    def best(self) -> Path:
-        return self.folder / "best.pt"
-
-    def save(self, state: dict[str, Any], path: Path) -> None:
-        """Writes beside the old file, then puts the new one in its place: a kill at any moment leaves a whole file."""
-        for left_behind in self.folder.glob("*.tmp"):  # by a run killed while it wrote
-            left_behind.unlink()
-        temporary = path.with_suffix(".tmp")
-        try:
-            with temporary.open("wb") as file:
-                torch.save(state | {"format": FORMAT}, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:
-            # torch.save reports a full disk as "unexpected pos"
-            temporary.unlink(missing_ok=True)
-            free = os.statvfs(self.folder).f_bavail * os.statvfs(self.folder).f_frsize
-            raise UserError(
-                f"the checkpoint {path} could not be written, the one before it is intact "
-                f"({str(error).splitlines()[0]}; {free / 2**20:.0f} MiB free)",
-                "make room, then start the same command again: it resumes",
-            ) from error
-        temporary.replace(path)
-        _sync_folder(self.folder)
+    temporary = path.with_suffix(".tmp")
+    try:
+        with temporary.open("wb") as file:
+            hashing = _HashingFile(file)
+            torch.save(state | {"format": FORMAT}, hashing)
+            file.write(Manifest(hashing.bytes, hashing.digest.hexdigest(), state["step"]).line())
+            file.flush()
+            os.fsync(file.fileno())
+        torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)  # what cannot be read is not kept
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if previous is not None and path.exists():
+        path.replace(previous)
+    temporary.replace(path)
+    _sync_folder(path.parent)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint to the CPU; nothing in the file is executed.
+    """Reads a checkpoint to the CPU, after its length and hash have been checked; nothing in the file is executed.
 
     Raises:
-        UserError: no such file, not a checkpoint of this program, damaged, or of a newer format.
+        DamagedCheckpoint: it is not what was written.
+        UserError: no such file, not a checkpoint of this program, one that wants to run code, or of a newer format.
     """
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}", "give a run folder (outputs/NAME) or a .pt file in it")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # a damaged file raises anything from EOFError to KeyError; a hostile one UnpicklingError
-        raise UserError(
-            f"{path} cannot be read as a checkpoint: it is damaged, or holds more than tensors and numbers "
-            f"({type(error).__name__})",
-            "use another checkpoint (best.pt or last.pt of the run)",
-        ) from error
+    with path.open("rb") as file:  # opened once: a run that is still training may put another in its place
+        _check_integrity(file, path)
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # whole, but not by this program: UnpicklingError, or anything at all
+            raise UserError(
+                f"{path} is refused: it holds something else than tensors and numbers, and nothing in it was run "
+                f"({_refused_part(error)})",
+                "use no file from where this one came; a checkpoint of this program never needs that",
+            ) from error
     if not isinstance(state, dict) or "format" not in state or "model" not in state:
         raise UserError(f"{path} is no checkpoint of this program", "bare weights are loaded by model.weights=FILE")
     if state["format"] > FORMAT:
@@ -101,6 +128,54 @@ def find_checkpoint(given: str) -> Path:
         f"checkpoint: {path} holds no checkpoints/best.pt or last.pt",
         "give a run folder (outputs/NAME) or a .pt file",
     )
+
+
+def step_of(path: Path) -> int | None:
+    """The step by the file's manifest, without reading the rest; None without a manifest."""
+    with path.open("rb") as file:
+        manifest = Manifest.read(file)
+    return manifest.step if manifest is not None else None
+
+
+class _HashingFile:
+    """A binary file that knows the length and the hash of what was written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.digest, self.bytes = file, hashlib.sha256(), 0
+
+    def write(self, data) -> int:
+        self.digest.update(data)
+        self.bytes += len(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _check_integrity(file: BinaryIO, path: Path) -> None:
+    manifest = Manifest.read(file)
+    if manifest is None:
+        raise DamagedCheckpoint(
+            f"{path} is no complete checkpoint: the manifest at its end is missing or does not fit its length",
+            "use another checkpoint of the run (last.pt, previous.pt, best.pt)",
+        )
+    digest, left = hashlib.sha256(), manifest.bytes
+    file.seek(0)
+    while left and (block := file.read(min(left, _BLOCK))):
+        digest.update(block)
+        left -= len(block)
+    if digest.hexdigest() != manifest.sha256:
+        raise DamagedCheckpoint(
+            f"{path} is damaged: its SHA-256 is not the one it was written with",
+            "use another checkpoint of the run (last.pt, previous.pt, best.pt)",
+        )
+    file.seek(0)
+
+
+def _refused_part(error: Exception) -> str:
+    """What the unpickler stopped at, without torch's advice to switch the check off."""
+    lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
+    return lines[0].split(". ")[0] if lines else type(error).__name__
 
 
 def _sync_folder(folder: Path) -> None:

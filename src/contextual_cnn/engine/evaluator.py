@@ -1,7 +1,7 @@
 """Evaluation, used after each epoch and by evaluate.py: counts over all ranks, every image once."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
 import torch
@@ -14,6 +14,10 @@ from contextual_cnn.engine.metrics import Sums, stage_hits, top_hits
 from contextual_cnn.models import ContextualModel
 
 
+class EvaluationStopped(Exception):
+    """A rank was asked to stop; raised on all of them, with nothing counted."""
+
+
 @torch.inference_mode()
 def evaluate(
     models: dict[str, nn.Module],
@@ -21,6 +25,7 @@ def evaluate(
     images: int,
     world: World,
     autocast: AbstractContextManager,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, dict[str, float]]:
     """Several sets of weights (raw, EMA) over one pass of the data.
 
@@ -28,6 +33,7 @@ def evaluate(
         models: by name, without DDP around them; left in the mode they came in.
         batches: this rank's share.
         images: of the whole split.
+        should_stop: looked at after each batch.
 
     Returns:
         By name: top1, top5, recall_stage1.. in percent, loss (cross-entropy of the final logits, over the images
@@ -35,9 +41,11 @@ def evaluate(
 
     Raises:
         RuntimeError: the ranks together did not count exactly `images`.
+        EvaluationStopped: `should_stop` on any rank. The batches are then left in the middle of a pass.
     """
     modes = {name: model.training for name, model in models.items()}
     sums = {name: Sums(world.device, _names(model)) for name, model in models.items()}
+    stopped = Sums(world.device, ["ranks"])
     started = time.perf_counter()
     for model in models.values():
         model.eval()
@@ -52,8 +60,13 @@ def evaluate(
                 **top_hits(logits, batch.targets),
                 **stage_hits(scores, batch.targets),
             )
+        if should_stop():
+            stopped.add(ranks=1)
+            break
     for name, model in models.items():
         model.train(modes[name])
+    if stopped.read()["ranks"]:
+        raise EvaluationStopped
     totals = {name: of_model.read() for name, of_model in sums.items()}
     seconds = time.perf_counter() - started
     return {name: _report(total, images, seconds) for name, total in totals.items()}

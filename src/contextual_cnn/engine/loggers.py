@@ -5,23 +5,22 @@ The file is the truth; W&B is a mirror that may fail without the run noticing.
 
 import json
 import logging
-import netrc
 import os
-import secrets
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from contextual_cnn.engine.wandb_logger import WandbLogger, has_wandb_key
 from contextual_cnn.errors import UserError
 
 log = logging.getLogger(__name__)
-
-_INIT_TIMEOUT = 15  # seconds; W&B's own patience without a network is 100 s
 
 
 class MetricsLogger(Protocol):
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, in_a_hurry: bool = False) -> None:
+        """Writes what is left; does not wait long for a server, and if somebody else is waiting, hardly at all."""
+        ...
 
 
 class NullLogger:
@@ -30,87 +29,49 @@ class NullLogger:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         pass
 
-    def close(self) -> None:
+    def close(self, in_a_hurry: bool = False) -> None:
         pass
 
 
 class JsonLinesLogger:
-    """metrics.jsonl: {"step": ..., name: value, ...} a line, flushed with each.
+    """metrics.jsonl: {"step": ..., name: value, ...} a line, with the system as soon as it is logged.
+
+    What cannot be written, as on a full disk, is kept and written with the next row.
 
     Args:
-        resumed_step: rows of later steps, by a run that was killed after its last checkpoint, are dropped;
+        resumed_step: rows of later steps, by a run that was killed after its last checkpoint, are cut off;
             they will be written again.
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
-        kept = [line for line in read_metrics(path) if line["step"] <= resumed_step] if resumed_step else []
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(path)
-        self._file = path.open("a", buffering=1)
+        self._path = path
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.ftruncate(self._file, _length_up_to(path, resumed_step))
+        self._pending = b""
+        self._is_failing = False
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._pending += json.dumps({"step": step, **metrics}).encode() + b"\n"
+        self._write()
 
-    def close(self) -> None:
-        self._file.close()
+    def close(self, in_a_hurry: bool = False) -> None:
+        self._write()
+        os.close(self._file)
+        if self._pending:
+            log.error(
+                "%s could not be completed, these rows are missing there:\n%s", self._path, self._pending.decode()
+            )
 
-
-class WandbLogger:
-    """Weights & Biases; never a prompt, and no failure of it reaches the run."""
-
-    def __init__(
-        self,
-        folder: Path,
-        config: dict[str, Any],
-        *,
-        project: str,
-        entity: str | None,
-        run_name: str,
-        mode: str,
-    ) -> None:
-        import wandb
-
-        self._run = None
-        if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
-        for attempt in dict.fromkeys((mode, "offline")):
-            try:
-                self._run = wandb.init(
-                    project=project,
-                    entity=entity,
-                    name=run_name,
-                    id=_run_id(folder),
-                    resume="allow",
-                    dir=folder,
-                    config=config,
-                    mode=attempt,
-                    settings=wandb.Settings(init_timeout=_INIT_TIMEOUT, console="off", silent=True, save_code=False),
-                )
-            except Exception as error:  # W&B raises errors of its own, of pydantic and of the network
-                log.warning("W&B %s is not available (%s)", attempt, str(error).splitlines()[0])
-            else:
-                self._run.define_metric("step")
-                self._run.define_metric("*", step_metric="step")
-                log.info("W&B: %s run %s", attempt, self._run.id)
-                return
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        if self._run is None:
-            return
+    def _write(self) -> None:
         try:
-            self._run.log({"step": step, **metrics})
-        except Exception as error:  # its helper process may have died
-            log.warning("W&B stopped accepting metrics (%s); they go on in metrics.jsonl", error)
-            self._run = None
-
-    def close(self) -> None:
-        if self._run is None:
-            return
-        try:
-            self._run.finish()
-        except Exception as error:
-            log.warning("W&B could not finish the run (%s)", error)
+            while self._pending:  # the system may take a part of it
+                self._pending = self._pending[os.write(self._file, self._pending) :]
+        except OSError as error:
+            if not self._is_failing:
+                log.warning("%s cannot be written (%s); its rows are kept until it can", self._path, error)
+            self._is_failing = True
+        else:
+            self._is_failing = False
 
 
 class Loggers:
@@ -123,9 +84,9 @@ class Loggers:
         for logger in self._loggers:
             logger.log(step, metrics)
 
-    def close(self) -> None:
+    def close(self, in_a_hurry: bool = False) -> None:
         for logger in self._loggers:
-            logger.close()
+            logger.close(in_a_hurry)
 
 
 def open_loggers(
@@ -137,50 +98,52 @@ def open_loggers(
     wandb: Literal["auto", "online", "offline", "off"] = "auto",
     project: str = "contextual-cnn",
     entity: str | None = None,
+    patience: float = 30,
 ) -> MetricsLogger:
     """Rank 0's loggers.
 
     Args:
         wandb: "auto" is what WANDB_MODE says; without it online where there is an API key (WANDB_API_KEY or
             `wandb login`) and offline elsewhere; `wandb sync FOLDER/wandb/offline-run-*` sends an offline run later.
+        patience: seconds that the end of the run waits for W&B.
     """
     lines = JsonLinesLogger(folder / "metrics.jsonl", resumed_step)
     if wandb == "off":
         return lines
-    if wandb == "online" and not _has_wandb_key():
+    if wandb == "online" and not has_wandb_key():
         raise UserError(
             "logger.wandb=online, but there is no W&B API key",
             "run `wandb login`, or use logger.wandb=offline",
         )
-    return Loggers(lines, WandbLogger(folder, config, project=project, entity=entity, run_name=run_name, mode=wandb))
+    return Loggers(
+        lines,
+        WandbLogger(folder, config, project=project, entity=entity, run_name=run_name, mode=wandb, patience=patience),
+    )
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The rows of a metrics.jsonl; a line cut short by a kill is passed over."""
     if not path.exists():
         return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            log.warning("%s: passed over a damaged line", path)
-    return rows
+    rows = [_parse(line) for line in path.read_text().splitlines()]
+    if None in rows:
+        log.warning("%s: passed over a damaged line", path)
+    return [row for row in rows if row is not None]
 
 
-def _run_id(folder: Path) -> str:
-    """The run's W&B id, made once and kept in its folder, so that a resumed run is the same run there."""
-    path = folder / "wandb_id.txt"
-    if not path.exists():
-        path.write_text(secrets.token_hex(4))
-    return path.read_text().strip()
+def _length_up_to(path: Path, step: int) -> int:
+    """Bytes of the lines up to the last whole one of this step or one before it."""
+    length = kept = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        length += len(line)
+        row = _parse(line)
+        if row is not None and row["step"] <= step and line.endswith(b"\n"):
+            kept = length
+    return kept
 
 
-def _has_wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
+def _parse(line: str | bytes) -> dict[str, float] | None:
     try:
-        host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+        return json.loads(line)
+    except ValueError:
+        return None

@@ -1,10 +1,11 @@
-"""Whether and from what a run goes on: its own last checkpoint, if it is still the same run."""
+"""Whether and from what a run goes on: its own newest checkpoint, if it is still the same run."""
 
 import logging
 from collections.abc import Mapping
 from typing import Any
 
-from contextual_cnn.engine.checkpoint import CheckpointStore, load_checkpoint
+from contextual_cnn.data.sampler import BatchPlan
+from contextual_cnn.engine.checkpoint_store import CheckpointStore
 from contextual_cnn.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -14,6 +15,8 @@ _FREE = (
     "output_dir",
     "resume",
     "data.root",
+    "data.layout",
+    "data.exclude",  # the listing tells whether they changed anything
     "data.threads",
     "data.prefetch",
     "data.eval_batch_size",
@@ -23,6 +26,8 @@ _FREE = (
     "trainer.channels_last",
     "trainer.compile",
     "trainer.max_steps",
+    "trainer.max_time",
+    "trainer.on_nonfinite",
     "trainer.max_skipped_steps",
     "trainer.log_every",
     "trainer.eval_every",
@@ -32,37 +37,72 @@ _FREE = (
 )
 
 
-def load_last(
-    store: CheckpointStore, config: Mapping[str, Any], classes: tuple[str, ...], images: int, policy: str
+def load_newest(
+    store: CheckpointStore,
+    config: Mapping[str, Any],
+    classes: tuple[str, ...],
+    listing: str,
+    plan: BatchPlan,
+    policy: str,
 ) -> dict[str, Any] | None:
     """The state to go on from; None for a run without a checkpoint.
 
     Args:
+        listing: digest of the training images' names and labels.
         policy: "auto" refuses a checkpoint of another config or data; "anyway" says what differs and goes on.
 
     Raises:
         UserError: what differs.
     """
-    if not store.last.exists():
+    newest = store.newest()
+    if newest is None:
         return None
-    state = load_checkpoint(store.last)
+    path, state = newest
     differences = _differences(state["config"], config)
-    if state["images"] != images:
-        differences.append(f"training images: {state['images']} -> {images}")
+    if state["listing"] != listing:
+        before, now = (
+            f"{n} files (hash {h[:8]})" for n, h in ((state["images"], state["listing"]), (plan.images, listing))
+        )
+        differences.append(f"training images: {before} -> {now}")
     if tuple(state["classes"]) != classes:
         raise UserError(
-            f"{store.last} was trained on other classes than {config['data']['root']} has",
+            f"{path} was trained on other classes than {config['data']['root']} has",
             "run_name=NEW_NAME",
+        )
+    batch_before = state["config"]["trainer"]["global_batch_size"]
+    if batch_before != plan.global_batch:
+        raise UserError(
+            f"{path} counts steps of {batch_before} images, trainer.global_batch_size={plan.global_batch} counts "
+            "others: images of the epoch would be lost or repeated",
+            f"trainer.global_batch_size={batch_before} (any number of processes that divides it), or run_name=NEW_NAME",
         )
     if differences and policy == "auto":
         raise UserError(
-            f"{store.last} is of a run with another configuration: {'; '.join(differences[:6])}",
+            f"{path} is of a run with another configuration: {'; '.join(differences[:6])}",
             "run_name=NEW_NAME starts another run; resume=anyway goes on with the new values",
         )
     for difference in differences:
         log.warning("resuming with another value than before: %s", difference)
-    log.info("resuming %s from step %d (epoch %d complete)", store.last, state["step"], state["epoch"])
+    log.info("resuming %s from step %d (epoch %d complete)", path, state["step"], state["epoch"])
+    _report_batches(tuple(state["batches"]), plan)
     return state
+
+
+def _report_batches(before: tuple[int, int], plan: BatchPlan) -> None:
+    """Another number of processes changes no image's place; another micro-batch changes what is drawn for it."""
+    processes, micro_batch = before
+    if processes != plan.world_size:
+        log.info(
+            "the checkpoint is of %d processes, these are %d: the global batches are shared out anew, and no image of "
+            "the epoch is lost or repeated",
+            processes,
+            plan.world_size,
+        )
+    if micro_batch != plan.micro_batch:
+        log.warning(
+            "micro-batches of %d images instead of %d: mixing and dropped paths are drawn anew from here on",
+            *(plan.micro_batch, micro_batch),
+        )
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -13,12 +13,15 @@ from contextual_cnn.engine.metrics import Sums, labels_of, stage_hits, top_hits
 
 
 class TrainMeter:
-    """Adds up on the device; only `read` waits for it, and crosses the ranks once."""
+    """Adds up on the device; only `read` waits for it, and crosses the ranks once.
+
+    skipped_in_a_row: scalar on the device, the steps just now that were not taken.
+    """
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._sums = Sums(world.device)
-        self._skipped_in_a_row = torch.zeros((), device=world.device)
+        self.skipped_in_a_row = torch.zeros((), device=world.device)
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -44,7 +47,7 @@ class TrainMeter:
 
     def add_step(self, norm: Tensor, finite: Tensor) -> None:
         """The gradient's norm of an optimizer step, and whether the step was taken; the same on all ranks."""
-        self._skipped_in_a_row = (self._skipped_in_a_row + 1) * ~finite
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * ~finite
         self._sums.add(steps=1, grad_norm=norm, skipped_steps=~finite)
 
     def read(self) -> tuple[dict[str, float], int]:
@@ -52,7 +55,7 @@ class TrainMeter:
 
         Losses are means over images, top1 and recall percentages, data_wait a percentage of the time.
         """
-        skipped_in_a_row = int(self._skipped_in_a_row)
+        skipped_in_a_row = int(self.skipped_in_a_row)
         sums = self._sums.read()
         seconds, waited = time.perf_counter() - self._since, self._waited
         self.restart_clock()

@@ -1,4 +1,7 @@
-"""The training loop: steps of accumulated micro-batches, an evaluation and a checkpoint after each epoch."""
+"""The training loop: steps of accumulated micro-batches, an evaluation and a checkpoint after each epoch.
+
+It can be left after any step, and goes on from there as if it had not been left.
+"""
 
 import logging
 from collections.abc import Iterator
@@ -13,15 +16,17 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from contextual_cnn.contracts import Batch, StagedScores
+from contextual_cnn.contracts import Batch, StagedLoss, StagedScores
 from contextual_cnn.data import Augmentation, ImageData
 from contextual_cnn.data.augmentation import BatchAugmentation
 from contextual_cnn.data.sampler import BatchPlan
-from contextual_cnn.distributed import World
-from contextual_cnn.engine.checkpoint import CheckpointStore
-from contextual_cnn.engine.evaluator import evaluate
+from contextual_cnn.distributed import AnyRank, World, barrier
+from contextual_cnn.engine.checkpoint_store import CheckpointStore
+from contextual_cnn.engine.evaluator import EvaluationStopped, evaluate
 from contextual_cnn.engine.loggers import MetricsLogger
+from contextual_cnn.engine.nonfinite import explain_nonfinite
 from contextual_cnn.engine.progress import ProgressDisplay, describe_evaluation
+from contextual_cnn.engine.stopping import StopRequest, seconds_of
 from contextual_cnn.engine.train_meter import TrainMeter
 from contextual_cnn.errors import UserError
 from contextual_cnn.losses import StagedCrossEntropy
@@ -32,6 +37,8 @@ if TYPE_CHECKING:
     from contextual_cnn.data.dali import EvaluationBatches
 
 log = logging.getLogger(__name__)
+
+_MOST_ROLLBACKS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +53,13 @@ class TrainerSettings:
     ema_warmup: lets the decay grow to its value, for runs too short for it.
     grad_clip: largest norm of the gradient; null does not clip.
     max_steps: ends the run early, without bending the schedule.
-    max_skipped_steps: steps in a row that may be skipped for non-finite gradients before the run stops.
+    max_time: ends the run in order after "hours:minutes:seconds", or a number of hours, of this process;
+        the same command goes on.
+    on_nonfinite: a step whose loss or gradient is not finite is skipped in any case. "skip" stops the run after
+        max_skipped_steps of them in a row, "rollback" then goes back to the weights of the newest checkpoint and on
+        with the data that follow, and "stop" takes no further step after the first and stops when it is noticed,
+        which is when metrics are logged.
+    max_skipped_steps: see on_nonfinite.
     timeout_minutes: how long a process waits for one that does not answer.
     """
 
@@ -60,6 +73,8 @@ class TrainerSettings:
     ema_warmup: bool = False
     grad_clip: float | None = None
     max_steps: int | None = None
+    max_time: str | float | None = None
+    on_nonfinite: Literal["skip", "stop", "rollback"] = "skip"
     max_skipped_steps: int = 10
     log_every: int = 50
     eval_every: int = 1
@@ -69,6 +84,7 @@ class TrainerSettings:
         for key in ("log_every", "eval_every", "max_skipped_steps", "max_steps"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise UserError(f"trainer.{key} must be 1 or more, got {getattr(self, key)}", f"trainer.{key}=1")
+        seconds_of(self.max_time)
         if self.grad_clip is not None and self.grad_clip <= 0:
             raise UserError(f"trainer.grad_clip must be above 0, got {self.grad_clip}", "trainer.grad_clip=null is off")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
@@ -89,7 +105,7 @@ class Trainer:
     Args:
         model: on the device, without DDP or compilation around it.
         state: of a checkpoint to go on from, or None.
-        config: stored in the checkpoints, as plain containers.
+        config, listing: stored in the checkpoints, as plain containers; to know the run and its data by.
         epochs: of the schedule.
     """
 
@@ -109,10 +125,12 @@ class Trainer:
         world: World,
         store: CheckpointStore,
         config: dict[str, Any],
+        listing: str,
         state: dict[str, Any] | None,
     ) -> None:
         self.settings, self.world, self.plan, self.seed = settings, world, plan, seed
-        self.data, self.augmentation, self.store, self.config = data, augmentation, store, config
+        self.data, self.augmentation, self.store = data, augmentation, store
+        self.config, self.listing = config, listing
         self.module, self.loss, self.optimizer, self.schedule = model, loss, optimizer, schedule
         self.ema = None
         if settings.ema_decay is not None:
@@ -120,6 +138,8 @@ class Trainer:
         whole = epochs * plan.steps_per_epoch
         self.last_step = min(whole, settings.max_steps or whole)
         self.step, self.best = 0, {"top1": -1.0, "epoch": 0, "weights": "raw"}
+        self._ended_step = 0  # the last step after which the end of an epoch has been dealt with
+        self._skipping, self._rollbacks, self._rolled_back_at = False, 0, -settings.max_skipped_steps
         if state is not None:
             self._restore(state)
         # Wrapped last: the EMA copy and the checkpoints see the bare module, whose names have no prefix
@@ -134,29 +154,57 @@ class Trainer:
         self.augment = BatchAugmentation(augmentation, data.num_classes)
         self.meter = TrainMeter(world)
 
-    def fit(self, logger: MetricsLogger, console: Console) -> None:
-        """Trains to the last step."""
+    def fit(self, logger: MetricsLogger, console: Console, request: StopRequest) -> bool:
+        """Trains until the run is complete, or until a process is asked to stop; then everything is saved.
+
+        Returns:
+            Whether the run is complete; the same on all ranks.
+
+        Raises:
+            UserError: the last checkpoint could not be written, or the gradients stay non-finite.
+        """
         batches = self.data.train_batches(self.plan, self.augmentation, self.seed, self.world, self.step)
         val_batches = self.data.evaluation_batches(self.world)
+        any_rank = AnyRank()
+        stopping = False
         self.module.train()
         self.meter.restart_clock()
         with ProgressDisplay(console, self.last_step, self.plan.steps_per_epoch, self.step) as progress:
-            while not self.is_complete:
+            while True:
+                if self._owes_epoch_end and not stopping:
+                    stopping = not self._end_epoch(val_batches, logger, request)
+                if stopping or self.is_complete:
+                    break
                 self._train_step(batches)
                 progress.advance(self.step)
-                if self.step % self.settings.log_every == 0 or self.is_complete:
+                stopping = any_rank(request.reason is not None)
+                if stopping or self._owes_epoch_end or self.step % self.settings.log_every == 0:
                     self._log_step(logger, progress)
-                if self.step % self.plan.steps_per_epoch == 0 or self.is_complete:
-                    self._end_epoch(val_batches, logger)
+                    self._save_inside_epoch()
+        if stopping and self.world.is_main:
+            self.store.save(self._state())
+        self.store.close()
+        return not stopping
 
     @property
     def is_complete(self) -> bool:
-        return self.step >= self.last_step
+        return self.step >= self.last_step and not self._owes_epoch_end
+
+    @property
+    def _owes_epoch_end(self) -> bool:
+        """Whether the run stands at an end of an epoch that has not been evaluated and saved."""
+        at_end = self.step % self.plan.steps_per_epoch == 0 or self.step >= self.last_step
+        return at_end and self.step != self._ended_step
 
     @property
     def epoch(self) -> int:
         """Epochs that are complete."""
         return self.step // self.plan.steps_per_epoch
+
+    @property
+    def _is_sound(self) -> bool:
+        """Whether the weights look like something to go back to: a rollback must not end where it began."""
+        return not self._skipping and self.step - self._rolled_back_at > self.settings.max_skipped_steps
 
     def _train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step: accumulate, guard, step, average."""
@@ -165,35 +213,45 @@ class Trainer:
         for accumulated in range(self.plan.accumulation):
             with self.meter.waiting_for_data():
                 batch = next(batches)
-            # All that is drawn for this micro-batch hangs on its number, not on who computes it or what came before
-            number = self.plan.micro_batch_number(self.step, accumulated, self.world.rank)
-            seed_all(Purpose.MICRO_BATCH, self.seed, number)
-            self._accumulate(self.augment(batch), last=accumulated == self.plan.accumulation - 1)
+            batch = self._augment(batch, self.step, accumulated)
+            self._accumulate(batch, last=accumulated == self.plan.accumulation - 1)
         norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.grad_clip or float("inf"))
         finite = torch.isfinite(norm)  # of the reduced gradient, hence the same on all ranks
+        if self.settings.on_nonfinite == "stop":
+            finite = finite & (self.meter.skipped_in_a_row == 0)  # the first one to be skipped is the last one
         step_if_finite(self.optimizer, finite)
         if self.ema is not None:
             self.ema.update(self.module, step=self.step + 1 if self.settings.ema_warmup else None)
         self.meter.add_step(norm, finite)
         self.step += 1
 
-    def _accumulate(self, batch: Batch, last: bool) -> None:
-        """Forward and backward of one micro-batch; gradients cross the ranks with the last one only."""
+    def _augment(self, batch: Batch, step: int, accumulated: int) -> Batch:
+        """All that is drawn for a micro-batch hangs on its number, not on who computes it or what came before."""
+        seed_all(Purpose.MICRO_BATCH, self.seed, self.plan.micro_batch_number(step, accumulated, self.world.rank))
+        return self.augment(batch)
+
+    def _forward(self, model: nn.Module, batch: Batch) -> tuple[StagedScores, StagedLoss]:
         images = batch.images
         if self.settings.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
+        with self.settings.autocast(self.world.device):
+            scores = StagedScores.of(model(images))
+        return scores, self.loss(scores, batch.targets)
+
+    def _accumulate(self, batch: Batch, last: bool) -> None:
+        """Forward and backward of one micro-batch; gradients cross the ranks with the last one only."""
         with self.model.no_sync() if self.world.size > 1 and not last else nullcontext():
-            with self.settings.autocast(self.world.device):
-                scores = StagedScores.of(self.model(images))
-            loss = self.loss(scores, batch.targets)
-            (loss.total / self.plan.accumulation).backward()
+            scores, loss = self._forward(self.model, batch)
+            # An infinite loss may have finite gradients: made NaN, they reach all ranks, which skip the step alike
+            is_finite = torch.isfinite(loss.total.detach())
+            loss.total.backward(torch.where(is_finite, 1 / self.plan.accumulation, torch.nan))
         self.meter.add_micro_batch(scores, loss, batch.targets)
 
     def _log_step(self, logger: MetricsLogger, progress: ProgressDisplay) -> None:
         """Reads and shows the metrics; the one place in the loop that waits for the device.
 
         Raises:
-            UserError: the gradients have not been finite for too long.
+            UserError: losses or gradients have not been finite for too long.
         """
         measured, skipped_in_a_row = self.meter.read()
         measured["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
@@ -201,33 +259,89 @@ class Trainer:
         metrics = {f"train/{name}": value for name, value in measured.items()}
         logger.log(self.step, metrics)
         progress.report(self.step, metrics)
-        if skipped_in_a_row >= self.settings.max_skipped_steps:
-            raise UserError(
-                f"the gradients were not finite for {skipped_in_a_row} steps up to step {self.step} "
-                f"(loss {measured['loss']:.3g}, lr {measured['lr']:.3g}); those steps changed no weight",
-                "try a smaller optimizer.lr, trainer.grad_clip=1.0 or trainer.precision=fp32, under a new run_name",
-            )
+        self._skipping = skipped_in_a_row > 0
+        patience = 1 if self.settings.on_nonfinite == "stop" else self.settings.max_skipped_steps
+        if skipped_in_a_row < patience:
+            return
+        if self.settings.on_nonfinite == "rollback" and self._roll_back():
+            return
+        raise self._nonfinite_error(self.step - skipped_in_a_row, skipped_in_a_row)
 
-    def _end_epoch(self, val_batches: "EvaluationBatches", logger: MetricsLogger) -> None:
-        """Evaluates, logs and saves, as far as it is this epoch's turn."""
+    def _roll_back(self) -> bool:
+        """Weights and averages of the newest checkpoint, at the step where the run is; False if that cannot be done.
+
+        The step goes on: the data that led here are not repeated, and no later draw changes.
+        """
+        if self._rollbacks == _MOST_ROLLBACKS:
+            return False
+        self.store.wait()
+        barrier()  # nobody reads before rank 0 has written
+        newest = self.store.newest()
+        if newest is None:
+            return False
+        path, state = newest
+        log.warning(
+            "step %d: the gradients stay non-finite; back to the weights of %s, of step %d, and on "
+            "with the data that follow",
+            self.step,
+            path,
+            state["step"],
+        )
+        self._restore_weights(state)
+        self.meter.skipped_in_a_row.zero_()
+        self._rollbacks, self._rolled_back_at, self._skipping = self._rollbacks + 1, self.step, False
+        return True
+
+    def _nonfinite_error(self, step: int, skipped: int) -> UserError:
+        """What the first of the skipped steps looks like: computed again, which gives the same draws and weights."""
+        self.schedule.step_update(step)
+        batches = self.data.train_batches(self.plan, self.augmentation, self.seed, self.world, step)
+        prepared = (self._augment(next(batches), step, i) for i in range(self.plan.accumulation))
+        found = explain_nonfinite(
+            ((batch, lambda batch=batch: self._forward(self.module, batch)[1]) for batch in prepared),
+            folder=self.store.folder.parent / "nonfinite",
+            step=step,
+            lr=max(group["lr"] for group in self.optimizer.param_groups),
+            world=self.world,
+        )
+        return UserError(
+            f"loss or gradients were not finite for {skipped} steps from step {step + 1} on ({found}); "
+            "they changed no weight",
+            "try a smaller optimizer.lr, trainer.grad_clip=1.0, trainer.precision=fp32 or "
+            "trainer.on_nonfinite=rollback, under a new run_name",
+        )
+
+    def _save_inside_epoch(self) -> None:
+        """Where an epoch ends, that is saved with its evaluation."""
+        if self.world.is_main and not self._owes_epoch_end and self._is_sound and self.store.is_due(self.step):
+            self.store.save(self._state())
+
+    def _end_epoch(self, val_batches: "EvaluationBatches", logger: MetricsLogger, request: StopRequest) -> bool:
+        """Evaluates, logs and saves, as far as it is this epoch's turn; False if a request to stop cut that short."""
+        is_last = self.step >= self.last_step
         is_best = False
-        if self.is_complete or self.epoch % self.settings.eval_every == 0:
-            metrics, is_best = self._evaluate(val_batches)
+        if is_last or self.epoch % self.settings.eval_every == 0:
+            try:
+                metrics, is_best = self._evaluate(val_batches, request)
+            except EvaluationStopped:
+                return False
             logger.log(self.step, metrics)
-        if self.world.is_main and (self.is_complete or is_best or self.epoch % self.store.every_epochs == 0):
-            state = self._state()
-            if is_best:
-                self.store.save(state, self.store.best)
-            self.store.save(state, self.store.last)
+        self._ended_step = self.step
+        is_due = is_last or is_best or (self.epoch % self.store.every_epochs == 0 and self._is_sound)
+        if self.world.is_main and is_due:
+            self.store.save(self._state(), is_best=is_best)
         self.meter.restart_clock()
+        return True
 
-    def _evaluate(self, val_batches: "EvaluationBatches") -> tuple[dict[str, float], bool]:
+    def _evaluate(self, val_batches: "EvaluationBatches", request: StopRequest) -> tuple[dict[str, float], bool]:
         models = {"raw": self.module} | ({"ema": self.ema.module} if self.ema is not None else {})
         if self.world.size > 1:
             for model in models.values():  # running statistics of batch norms differ from rank to rank
                 distribute_bn(model, self.world.size, reduce=True)
         autocast = self.settings.autocast(self.world.device)
-        reports = evaluate(models, val_batches, val_batches.images, self.world, autocast)
+        reports = evaluate(
+            models, val_batches, val_batches.images, self.world, autocast, lambda: request.reason is not None
+        )
         epoch = -(-self.step // self.plan.steps_per_epoch)  # the one that the step belongs to, counted from 1
         weights = max(reports, key=lambda name: reports[name]["top1"])
         is_best = reports[weights]["top1"] > self.best["top1"]
@@ -257,6 +371,7 @@ class Trainer:
         return {
             "step": self.step,
             "epoch": self.epoch,
+            "ended_step": self._ended_step,
             "model": self.module.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
             "optimizer": self.optimizer.state_dict(),
@@ -264,15 +379,22 @@ class Trainer:
             "config": self.config,
             "classes": list(self.data.classes),
             "images": self.plan.images,
+            "listing": self.listing,
+            "batches": [self.plan.world_size, self.plan.micro_batch],
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Everything that a step depends on; the schedule, the data and all draws follow from the step."""
+        self._restore_weights(state)
+        self.step, self.best, self._ended_step = state["step"], state["best"], state["ended_step"]
+
+    def _restore_weights(self, state: dict[str, Any]) -> None:
         self.module.load_state_dict(state["model"])
         if self.ema is not None and state["ema"] is not None:
             self.ema.module.load_state_dict(state["ema"])
-        options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        # The config's options, not the checkpoint's; but for lr, which the schedule sets with every step
+        groups = self.optimizer.param_groups
+        options = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, configured in zip(self.optimizer.param_groups, options, strict=True):
-            group.update(configured)  # load_state_dict would let the checkpoint's options override the config's
-        self.step, self.best = state["step"], state["best"]
+            group.update(configured)

@@ -115,7 +115,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
         state = load_state_dict(str(path), use_ema=True, weights_only=True)
     except Exception as error:
         # whatever a damaged or hostile file raises: the unpickler's errors have no common class
-        raise UserError(f"model.weights: {path} cannot be read as weights ({error})", "use another file") from error
+        # (torch's own text advises to switch the check off)
+        raise UserError(
+            f"model.weights: {path} cannot be read as weights: it is damaged, or holds more than tensors "
+            f"({type(error).__name__})",
+            "use another file",
+        ) from error
     if any(".dwconv." in key for key in state):
         state = checkpoint_filter_fn(state, model)  # original ConvNeXt names
     own = model.state_dict()

@@ -80,6 +80,7 @@ class TarShards(ImageSource):
         self.root, self.classes, self.targets = root, classes, targets
         self.shard_of = shard_of
         self._files, self._offsets, self._sizes, self._members = files, offsets, sizes, members
+        self._shards = [os.path.relpath(path, root) for path in files.paths]
 
     @property
     def shard_sizes(self) -> np.ndarray:
@@ -87,8 +88,7 @@ class TarShards(ImageSource):
         return np.bincount(self.shard_of, minlength=len(self._files.paths))
 
     def name(self, index: int) -> str:
-        shard = os.path.relpath(self._files.paths[self.shard_of[index]], self.root)
-        return f"{shard}:{self._members[index]}"
+        return f"{self._shards[self.shard_of[index]]}:{self._members[index]}"
 
     def read(self, index: int) -> bytes:
         size = int(self._sizes[index])

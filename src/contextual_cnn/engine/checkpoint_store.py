@@ -1,0 +1,172 @@
+"""The checkpoints of one run: when they are due, writing them beside the training, and which one to go on from."""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contextual_cnn.distributed import is_main_process
+from contextual_cnn.engine.checkpoint import DamagedCheckpoint, load_checkpoint, step_of, write_checkpoint
+from contextual_cnn.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_RETRY_AFTER = 60  # seconds after a write that failed
+
+
+class CheckpointStore:
+    """`last.pt` to resume from, `previous.pt` to fall back to, `best.pt` to evaluate; each is a whole state.
+
+    Args:
+        folder: created when the run starts.
+        every_epochs: how often `last.pt` is written; always after the last epoch too.
+        every_steps, every_minutes: and inside an epoch; null leaves that out. Looked at when metrics are logged.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        every_epochs: int = 1,
+        every_steps: int | None = None,
+        every_minutes: float | None = 10,
+    ) -> None:
+        for key, value in dict(every_epochs=every_epochs, every_steps=every_steps, every_minutes=every_minutes).items():
+            if value is not None and value <= 0:
+                raise UserError(f"checkpoint.{key} must be above 0, got {value}", f"checkpoint.{key}=1")
+        self.every_epochs = every_epochs
+        self._every_steps, self._every_seconds = every_steps, every_minutes and 60 * every_minutes
+        self.last, self.previous, self.best = (folder / f"{name}.pt" for name in ("last", "previous", "best"))
+        self.folder = folder
+        self._last_is_whole = False  # as far as this process knows; only then may it replace previous.pt
+        self._writer: threading.Thread | None = None
+        self._failure: UserError | None = None
+        self._saved_step, self._saved_at = 0, time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """Whether a state inside an epoch is worth saving now, or one that could not be written is tried again."""
+        seconds = time.monotonic() - self._saved_at
+        return bool(
+            (self._every_steps and step - self._saved_step >= self._every_steps)
+            or (self._every_seconds and seconds >= self._every_seconds)
+            or (self._failure and seconds >= _RETRY_AFTER)
+        )
+
+    def save(self, state: dict[str, Any], *, is_best: bool = False) -> None:
+        """Copies the state and returns; a thread writes the copy. Waits for the write before, if it still runs.
+
+        A write that fails is a warning, and the files that were there are intact.
+        """
+        self.wait()
+        snapshot, copied = _snapshot(state)
+        self._saved_step, self._saved_at = state["step"], time.monotonic()
+        self._writer = threading.Thread(target=self._write, args=(snapshot, copied, is_best), name="checkpoint")
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+
+    def close(self) -> None:
+        """Waits for the last write.
+
+        Raises:
+            UserError: it failed, so the newest state is not on disk.
+        """
+        self.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that is whole, of last, previous and best; None if there is none at all.
+
+        Raises:
+            UserError: there are some, and all are damaged.
+        """
+        found = [path for path in (self.last, self.previous, self.best) if path.exists()]
+        steps = {path: step_of(path) for path in found}
+        damaged = []
+        # Those without a manifest first, so that they are mentioned
+        for path in sorted(found, key=lambda path: float("inf") if steps[path] is None else steps[path], reverse=True):
+            try:
+                state = load_checkpoint(path)
+            except DamagedCheckpoint as error:
+                damaged.append(error.cause)
+                if is_main_process():
+                    log.warning("%s; looking for an older one", error.cause)
+            else:
+                self._last_is_whole, self._saved_step = path == self.last, state["step"]
+                return path, state
+        if damaged:
+            raise UserError(
+                f"none of the checkpoints of this run can be used: {'; '.join(damaged)}",
+                f"run_name=NEW_NAME starts from zero; so does the same command after the removal of {self.folder}",
+            )
+        return None
+
+    def _write(self, state: dict[str, Any], copied: Callable[[], None], is_best: bool) -> None:
+        try:
+            copied()
+            _check_finite(state)
+            for left_behind in self.folder.glob("*.tmp"):  # by a run killed while it wrote
+                left_behind.unlink()
+            if is_best:
+                write_checkpoint(state, self.best)
+            write_checkpoint(state, self.last, self.previous if self._last_is_whole else None)
+        except Exception as error:  # a disk, a network file system and torch.save fail in many ways
+            self._failure = self._explain(error, state["step"])
+            log.warning("%s; the run goes on and tries again", self._failure.cause)
+        else:
+            self._last_is_whole, self._failure = True, None
+
+    def _explain(self, error: Exception, step: int) -> UserError:
+        """Of a full disk torch.save says "unexpected pos": the system's own error is behind that."""
+        try:
+            room = os.statvfs(self.folder)
+            free = f"{room.f_bavail * room.f_frsize / 2**20:.0f} MiB free"
+        except OSError:
+            free = "the folder is gone"
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        return UserError(
+            f"the checkpoint of step {step} was not written to {self.folder}: {reason!s:.200} ({free}); "
+            "what was written before is intact",
+            "make room or make the folder writable, then start the same command again: it resumes",
+        )
+
+
+def _snapshot(state: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
+    """A copy in the CPU's memory that no later step changes, and what to call before it is read.
+
+    Copies from a GPU are queued behind the step that made the state and are not waited for here.
+    """
+    snapshot = _to_cpu(state)
+    if not torch.cuda.is_available():
+        return snapshot, lambda: None
+    event = torch.cuda.Event()
+    event.record()
+    return snapshot, event.synchronize
+
+
+def _to_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: _to_cpu(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_to_cpu(item) for item in value)
+    return value
+
+
+def _check_finite(state: dict[str, Any]) -> None:
+    """A state that cannot be trained on must not replace one that can."""
+    for name, tensor in state["model"].items():
+        if not torch.isfinite(tensor).all():
+            raise RuntimeError(f"the weights are not finite ({name})")

@@ -1,0 +1,39 @@
+"""What the processes compare: all that results hang on, and nothing that may differ from node to node."""
+
+import numpy as np
+import pytest
+
+from contextual_cnn.data.sources.source import ImageFiles
+from contextual_cnn.engine import agreement
+from contextual_cnn.engine.agreement import check_agreement, digest_code, digest_config, digest_listing
+from contextual_cnn.errors import UserError
+
+CONFIG = {"seed": 0, "data": {"root": "/a", "threads": 2, "image_size": 32}}
+
+
+def folder(*paths, root="/a", targets=(0, 1)):
+    return ImageFiles(root, ("x", "y"), paths, np.array(targets))
+
+
+def test_the_place_of_the_data_may_differ_and_nothing_else():
+    assert digest_config(CONFIG) == digest_config({**CONFIG, "data": {"root": "/b", "threads": 4, "image_size": 32}})
+    assert digest_config(CONFIG) != digest_config({**CONFIG, "seed": 1})
+    assert digest_config(CONFIG) != digest_config({**CONFIG, "data": {**CONFIG["data"], "image_size": 64}})
+    listing = digest_listing(folder("a", "b"))
+    assert listing == digest_listing(folder("a", "b", root="/b"))
+    others = [folder("b", "a"), folder("a", "c"), folder("a\0b", ""), folder("a", "b", targets=(1, 0))]
+    assert listing not in map(digest_listing, others)
+    assert digest_code() == digest_code()
+
+
+def test_ranks_that_differ_are_named(monkeypatch):
+    facts = {"configuration": "a", "code": "b", "train images": "c", "val images": "d"}
+    check_agreement(facts)
+
+    def gather(numbers):
+        other = [numbers[0], numbers[1] + 1, *numbers[2:]]
+        return [numbers, numbers, other, other]
+
+    monkeypatch.setattr(agreement, "gather_numbers", gather)
+    with pytest.raises(UserError, match="not the same code on rank 2 and 1 more of 4 as on rank 0"):
+        check_agreement(facts)

@@ -1,0 +1,175 @@
+"""The store never holds up the run, never loses the last good checkpoint, and says what it did."""
+
+import os
+import random
+import resource
+import threading
+
+import pytest
+import torch
+
+from contextual_cnn.engine import checkpoint_store
+from contextual_cnn.engine.checkpoint import load_checkpoint, step_of
+from contextual_cnn.engine.checkpoint_store import CheckpointStore
+from contextual_cnn.errors import UserError
+
+
+def state(step, weight=1.0):
+    return {"model": {"w": torch.full((1000,), weight)}, "step": step}
+
+
+def saved(folder, *steps):
+    store = CheckpointStore(folder)
+    for step in steps:
+        store.save(state(step))
+    store.close()
+    return store
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def small_files():
+    """As on a full disk: no file of this process may grow beyond a kilobyte (the signal is ignored by Python)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_last_previous_and_best(tmp_path):
+    store = CheckpointStore(tmp_path)
+    for step in (9, 10, 11):
+        store.save(state(step), is_best=step == 10)
+    store.close()
+    assert {path.name: step_of(path) for path in tmp_path.iterdir()} == {
+        "last.pt": 11,
+        "previous.pt": 10,
+        "best.pt": 10,
+    }
+    assert store.newest()[1]["step"] == 11
+
+
+def test_the_state_that_is_written_is_the_one_at_the_call(tmp_path, monkeypatch):
+    go_on = threading.Event()
+    write = checkpoint_store.write_checkpoint
+    monkeypatch.setattr(checkpoint_store, "write_checkpoint", lambda *a: (go_on.wait(), write(*a)))
+    store, live = CheckpointStore(tmp_path), state(1)
+    store.save(live)  # returns although nothing can be written yet
+    live["model"]["w"].fill_(2.0)
+    assert not store.last.exists()
+    go_on.set()
+    store.close()
+    assert torch.equal(load_checkpoint(store.last)["model"]["w"], torch.ones(1000))
+
+
+def test_a_damaged_file_is_passed_over_aloud_and_never_replaces_a_good_one(tmp_path, caplog):
+    store = saved(tmp_path, 1, 2, 3)
+    damage(store.last)
+    again = CheckpointStore(tmp_path)
+    path, found = again.newest()
+    assert (path, found["step"]) == (store.previous, 2)
+    assert "last.pt is damaged: its SHA-256" in caplog.text
+    again.save(state(4))
+    again.close()
+    assert (step_of(store.last), step_of(store.previous)) == (4, 2)  # not the damaged one of step 3
+
+
+def test_all_files_damaged_is_an_error_and_no_fresh_start(tmp_path):
+    store = saved(tmp_path, 1, 2)
+    assert CheckpointStore(tmp_path / "empty").newest() is None
+    damage(store.last)
+    store.previous.write_bytes(b"")
+    with pytest.raises(UserError, match=r"none of the checkpoints.*previous.pt is no complete.*last.pt is damaged"):
+        CheckpointStore(tmp_path).newest()
+
+
+def test_whatever_happens_the_newest_whole_file_is_found(tmp_path):
+    """Random saves, damage to the newest, half-written files and restarts, while one whole file is left."""
+    draw = random.Random(0)
+    store, step, fell_back = CheckpointStore(tmp_path), 0, 0
+    for _ in range(120):
+        event = draw.choice(["save", "save", "best", "damage", "killed in a write"])
+        whole = {path: step_of(path) for path in tmp_path.glob("*.pt") if is_whole(path)}
+        if event in ("save", "best"):
+            step += 1
+            store.save(state(step), is_best=event == "best")
+            store.close()
+            assert not list(tmp_path.glob("*.tmp"))
+        elif event == "killed in a write":
+            (tmp_path / "last.tmp").write_bytes(b"half of a checkpoint")
+        elif len(whole) > 1:
+            damage(max(whole, key=whole.get))
+            expected = max(whole[path] for path in whole if is_whole(path))
+            store = CheckpointStore(tmp_path)
+            assert store.newest()[1]["step"] == expected
+            fell_back += 1
+    assert step > 20
+    assert fell_back > 10
+
+
+def is_whole(path):
+    try:
+        load_checkpoint(path)
+    except UserError:
+        return False
+    return True
+
+
+def test_a_full_disk_is_a_warning_then_tried_again(tmp_path, caplog, small_files):
+    store = CheckpointStore(tmp_path)
+    store.save(state(1))
+    store.wait()
+    assert "the checkpoint of step 1 was not written" in caplog.text
+    assert "File too large" in caplog.text  # the system's reason, not torch's "unexpected pos"
+    assert "MiB free" in caplog.text
+    with pytest.raises(UserError, match="not written"):
+        store.close()  # at the end of a run it is an error
+    assert os.listdir(tmp_path) == []
+    small_files()
+    store.save(state(2))
+    store.close()
+    assert step_of(store.last) == 2
+
+
+def test_a_folder_that_is_gone_stops_nothing(tmp_path, caplog):
+    store = CheckpointStore(tmp_path / "gone")
+    store.save(state(1))
+    store.wait()
+    assert "the folder is gone" in caplog.text
+
+
+def test_weights_that_are_not_finite_replace_nothing(tmp_path, caplog):
+    store = saved(tmp_path, 1)
+    store.save(state(2, weight=float("nan")))
+    store.wait()
+    assert "the weights are not finite (w)" in caplog.text
+    assert step_of(store.last) == 1
+
+
+def test_when_a_state_is_due(tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(checkpoint_store.time, "monotonic", lambda: now)
+    store = CheckpointStore(tmp_path, every_steps=5, every_minutes=1)
+    assert not store.is_due(4)
+    assert store.is_due(5)
+    store.save(state(5))
+    store.close()
+    assert not store.is_due(9)
+    now += 61
+    assert store.is_due(6)
+    again = CheckpointStore(tmp_path, every_steps=5, every_minutes=None)
+    again.newest()
+    assert not again.is_due(9)
+    never = CheckpointStore(tmp_path / "gone", every_minutes=None)
+    never.save(state(1))
+    never.wait()
+    assert not never.is_due(10**6)
+    now += 61
+    assert never.is_due(2)  # because the last one failed
+    with pytest.raises(UserError, match=r"checkpoint.every_minutes must be above 0"):
+        CheckpointStore(tmp_path, every_minutes=0)

@@ -1,0 +1,70 @@
+"""Only the same run goes on unasked."""
+
+import logging
+
+import pytest
+import torch
+
+from contextual_cnn.data.sampler import BatchPlan
+from contextual_cnn.engine.checkpoint_store import CheckpointStore
+from contextual_cnn.engine.resume import load_newest
+from contextual_cnn.errors import UserError
+
+CONFIG = {
+    "data": {"root": "/a"},
+    "optimizer": {"lr": 0.1},
+    "trainer": {"log_every": 1, "global_batch_size": 8},
+}
+
+
+def plan(**changes):
+    return BatchPlan.make(**dict(images=9, global_batch=8, micro_batch=4, world_size=2) | changes)
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = CheckpointStore(tmp_path)
+    assert load_newest(store, CONFIG, ("a",), "abc", plan(), "auto") is None
+    store.save(
+        {
+            "model": {"w": torch.ones(3)},
+            "step": 7,
+            "epoch": 1,
+            "classes": ["a"],
+            "images": 9,
+            "listing": "abc",
+            "batches": [2, 4],
+            "config": CONFIG,
+        }
+    )
+    store.close()
+    return store
+
+
+def test_what_makes_no_other_run_may_change(store):
+    moved = CONFIG | {"data": {"root": "/b"}, "trainer": CONFIG["trainer"] | {"log_every": 50}}
+    assert load_newest(store, moved, ("a",), "abc", plan(), "auto")["step"] == 7
+
+
+def test_another_recipe_or_other_data_are_refused_or_mentioned(store, caplog):
+    changed = CONFIG | {"optimizer": {"lr": 0.2}}
+    with pytest.raises(UserError, match=r"optimizer.lr: 0.1 -> 0.2"):
+        load_newest(store, changed, ("a",), "abc", plan(), "auto")
+    with pytest.raises(UserError, match=r"training images: 9 files \(hash abc\) -> 10 files \(hash def\)"):
+        load_newest(store, CONFIG, ("a",), "def", plan(images=10), "auto")
+    assert load_newest(store, changed, ("a",), "def", plan(images=10), "anyway")["step"] == 7
+    assert "resuming with another value than before: optimizer.lr: 0.1 -> 0.2" in caplog.text
+    with pytest.raises(UserError, match="other classes"):
+        load_newest(store, CONFIG, ("b",), "abc", plan(), "anyway")
+
+
+def test_another_number_of_processes_is_said_and_another_global_batch_refused(store, caplog):
+    caplog.set_level(logging.INFO)
+    assert load_newest(store, CONFIG, ("a",), "abc", plan(world_size=1), "auto")["step"] == 7
+    assert "of 2 processes, these are 1" in caplog.text
+    assert "no image of the epoch is lost or repeated" in caplog.text
+    assert "drawn anew" not in caplog.text
+    load_newest(store, CONFIG, ("a",), "abc", plan(micro_batch=2), "auto")
+    assert "micro-batches of 2 images instead of 4" in caplog.text
+    with pytest.raises(UserError, match=r"counts steps of 8 images, trainer.global_batch_size=6"):
+        load_newest(store, CONFIG, ("a",), "abc", plan(global_batch=6, micro_batch=3), "anyway")

@@ -1,0 +1,81 @@
+"""train.py and evaluate.py in processes of their own without the seconds of imports: children of a fork server.
+
+The real entry points run, with their arguments, signals and exit statuses. What differs from the shell is only that
+torch, DALI and the rest are imported already.
+"""
+
+import multiprocessing
+import os
+import resource
+import runpy
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+_PRELOAD = ["torch", "timm", "hydra", "wandb", "nvidia.dali.plugin.pytorch", "matplotlib.pyplot", "train", "evaluate"]
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(_PRELOAD)
+
+
+class Command:
+    """A command of this project that has been started.
+
+    Args:
+        command: script and arguments.
+        output: the file that gets stdout and stderr.
+        environment: variables added to this process's; an empty text removes one.
+    """
+
+    def __init__(self, *command: str, output: Path, **environment: str) -> None:
+        environment = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"} | environment
+        self.output = output
+        self.process = _context.Process(target=_run, args=(list(command), str(output), environment))
+        self.process.start()
+
+    @property
+    def printed(self) -> str:
+        return self.output.read_text() if self.output.exists() else ""
+
+    def wait(self, timeout: float = 120) -> int:
+        """The exit status; minus the signal's number if one ended it."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise TimeoutError(f"still running after {timeout} s:\n{self.printed}")
+        return self.process.exitcode
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float = 120) -> None:
+        """Polls; an end of the process before is an error."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if self.process.exitcode is not None or time.monotonic() > deadline:
+                raise TimeoutError(f"it did not come to that (status {self.process.exitcode}):\n{self.printed}")
+            time.sleep(0.01)
+
+    def send(self, signal_number: int) -> None:
+        os.kill(self.process.pid, signal_number)
+
+
+def run(*command: str, output: Path, **environment: str) -> tuple[int, str]:
+    """Exit status and what was printed."""
+    started = Command(*command, output=output, **environment)
+    return started.wait(), started.printed
+
+
+def _run(command: list[str], output: str, environment: dict[str, str]) -> None:
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    os.environ.update(environment)
+    for name in [name for name, value in environment.items() if not value]:
+        del os.environ[name]
+    if "TEST_LARGEST_FILE" in environment:  # as if the disk were full for anything larger
+        largest = int(environment["TEST_LARGEST_FILE"])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    os.chdir(ROOT)
+    sys.argv = command
+    runpy.run_path(str(ROOT / command[0]), run_name="__main__")

@@ -1,0 +1,169 @@
+"""scripts/launch.sh and torchrun: processes that die, are told to stop, or lose their launcher."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from contextual_cnn.engine.loggers import read_metrics
+from tests.conftest import ROOT, run_command, small_run, torchrun
+from tests.test_interruptions import assert_same_end, checkpoint
+
+
+@pytest.fixture(scope="module")
+def straight(image_root, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    done = torchrun(2, *small_run(image_root, folder))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+class Launched:
+    """scripts/launch.sh with two processes on this node."""
+
+    def __init__(self, folder: Path, *command: str, **environment: str) -> None:
+        self.output = folder / "output"
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "PYTHONUNBUFFERED": "1", **environment}
+        with self.output.open("w") as output:
+            self.process = subprocess.Popen(
+                ["bash", "scripts/launch.sh", "--standalone", "--nproc-per-node", "2", *command],
+                cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        self.metrics = folder / "run" / "metrics.jsonl"
+
+    @property
+    def printed(self) -> str:
+        return self.output.read_text()
+
+    @property
+    def step(self) -> int:
+        return max((row["step"] for row in read_metrics(self.metrics)), default=0)
+
+    def wait_until(self, condition, timeout: float = 120) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline, self.printed
+            time.sleep(0.02)
+
+    def wait_until_step(self, step: int) -> None:
+        self.wait_until(lambda: self.step >= step)
+
+    def wait(self, timeout: float = 200) -> int:
+        return self.process.wait(timeout)
+
+    @property
+    def agent(self) -> int:
+        """torchrun's process; the shell's other children have gone."""
+        (agent,) = (pid for pid in children(self.process.pid) if children(pid))
+        return agent
+
+    @property
+    def workers(self) -> list[int]:
+        return sorted(children(self.agent))
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_signal_to_any_process_stops_all_at_the_same_step(straight, image_root, tmp_path):
+    """First to the launcher, then, in the run that goes on, to one process; the third start completes the run."""
+    command = small_run(image_root, tmp_path)
+    step = 0
+    for number, reason in ((signal.SIGTERM, "SIGTERM received"), (signal.SIGUSR1, "another process was asked to stop")):
+        launched = Launched(tmp_path, *command)
+        launched.wait_until_step(step + 1)
+        os.kill(launched.process.pid if number == signal.SIGTERM else launched.workers[1], number)
+        asked = time.monotonic()
+        assert launched.wait() == 75, launched.printed
+        assert time.monotonic() - asked < 20
+        assert step < checkpoint(tmp_path)["step"] < 12
+        step = checkpoint(tmp_path)["step"]
+        assert f"stopped after step {step}: {reason}; saved in" in launched.printed
+    launched = Launched(tmp_path, *command)
+    assert launched.wait() == 0, launched.printed
+    assert_same_end(straight, tmp_path)
+
+
+def test_a_killed_process_is_restarted_with_the_others_and_nothing_differs(straight, image_root, tmp_path):
+    launched = Launched(tmp_path, *small_run(image_root, tmp_path, "checkpoint.every_steps=1"))
+    launched.wait_until_step(5)
+    os.kill(launched.workers[0], signal.SIGKILL)
+    assert launched.wait() == 0, launched.printed
+    assert "another process of the run has ended" in launched.printed
+    assert "resuming" in launched.printed
+    assert_same_end(straight, tmp_path)
+
+
+def test_processes_end_when_their_launcher_is_killed(image_root, tmp_path):
+    launched = Launched(tmp_path, *small_run(image_root, tmp_path, "schedule.epochs=100"))
+    launched.wait_until_step(2)
+    workers = launched.workers
+    os.kill(launched.agent, signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while any(is_running(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    launched.wait()
+    assert checkpoint(tmp_path)["step"] >= 2  # as after any SIGTERM
+
+
+def test_a_process_that_hangs_ends_the_run_within_the_timeout(image_root, tmp_path):
+    command = small_run(image_root, tmp_path, "schedule.epochs=100", "trainer.timeout_minutes=0.1")
+    launched = Launched(tmp_path, *command, MAX_RESTARTS="0")
+    launched.wait_until_step(2)
+    os.kill(launched.workers[1], signal.SIGSTOP)
+    stopped = launched.workers[1]
+    launched.wait_until(lambda: "did not answer within 0.1 min" in launched.printed, timeout=30)
+    os.kill(stopped, signal.SIGKILL)
+    assert launched.wait() == 1
+
+
+def test_a_time_limit_is_no_failure_to_restart(image_root, tmp_path):
+    launched = Launched(tmp_path, *small_run(image_root, tmp_path, "trainer.max_time=0.00001"))
+    assert launched.wait() == 75, launched.printed
+    assert checkpoint(tmp_path)["step"] == 2  # agreed on one step late
+    assert launched.printed.count("run folder") == 1
+
+
+def test_a_mistake_is_printed_once_and_not_tried_again(image_root, tmp_path):
+    launched = Launched(tmp_path, *small_run(image_root, tmp_path, "optimizer.lrr=1"))
+    assert launched.wait() == 2, launched.printed
+    assert launched.printed.count("error: there is no key optimizer.lrr") == 1
+    assert "Traceback" not in launched.printed
+
+
+def test_restarts_that_would_not_come_back_are_refused(image_root, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "--max-restarts", "1"]
+    done = run_command(*launcher, *small_run(image_root, tmp_path))
+    assert done.returncode != 0
+    assert "torchrun --max-restarts 1 does not bring a run back" in done.stderr
+    assert "scripts/launch.sh" in done.stderr
+
+
+def test_processes_with_other_data_are_found_at_the_start(image_root, tmp_path):
+    """One of them sees another folder, as on a node with an incomplete copy."""
+    other = tmp_path / "other"
+    for split in ("train", "val"):
+        for folder in sorted((image_root / split).iterdir()):
+            (other / split / folder.name).mkdir(parents=True)
+            for image in folder.iterdir():
+                (other / split / folder.name / image.name).symlink_to(image)
+    next((other / "val" / "class_2").iterdir()).unlink()
+    script = tmp_path / "on_each_node.sh"
+    script.write_text(f'[ $LOCAL_RANK = 1 ] && extra=data.root={other}\nexec {sys.executable} "$@" $extra\n')
+    launched = Launched(tmp_path, "--no-python", "bash", str(script), *small_run(image_root, tmp_path))
+    assert launched.wait() == 2, launched.printed
+    assert "not the same val images on rank 1 of 2 as on rank 0" in launched.printed
+    assert not (tmp_path / "run").exists()
