@@ -21,4 +21,4 @@ def augment(images: Tensor, draws: Draws, *, fill: tuple[int, ...], interpolatio
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(B, 3, H, W) uint8 -> float32, channels_last. mean, std: for values in 0..1."""
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) * 255 for values in (mean, std))
-    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+    return images.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
