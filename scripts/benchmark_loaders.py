@@ -77,12 +77,12 @@ def _summarise_loaders(rounds: list[dict]) -> dict:
     def median(value: Callable[[dict], float], digits: int) -> float:
         return round(statistics.median(value(turn) for turn in rounds), digits)
 
-    ours, *others = rounds[0]
+    *ours, timms = rounds[0]
     return {
         "images_per_second": {name: median(lambda turn, n=name: turn[n][0], 1) for name in rounds[0]},
         "cpu_ms_per_image": {name: median(lambda turn, n=name: turn[n][1], 3) for name in rounds[0]},
-        "speed_ratios": {f"{ours} / {n}": median(lambda turn, n=n: turn[ours][0] / turn[n][0], 3) for n in others},
-        "cpu_ratios": {f"{n} / {ours}": median(lambda turn, n=n: turn[n][1] / turn[ours][1], 3) for n in others},
+        "speed_ratios": {f"{n} / {timms}": median(lambda turn, n=n: turn[n][0] / turn[timms][0], 3) for n in ours},
+        "cpu_ratios": {f"{timms} / {n}": median(lambda turn, n=n: turn[timms][1] / turn[n][1], 3) for n in ours},
     }
 
 
