@@ -16,9 +16,9 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from describe_model import describe_family
 from torchvision.ops import deform_conv2d
 
+from contextual_cnn.analysis.comparison import describe_family
 from contextual_cnn.contracts import StagedScores
 from contextual_cnn.engine.environment import environment, print_report
 from contextual_cnn.losses import StagedCrossEntropy
@@ -176,7 +176,7 @@ def benchmark_loss(arguments: argparse.Namespace) -> dict:
 def benchmark_table1(arguments: argparse.Namespace) -> list[dict]:
     """The rows of the paper's table 1 of one size: what a model costs, and inference beside twin and peers."""
     twin = f"convnext_{arguments.model}"
-    rows = describe_family(twin, argparse.Namespace(image_size=arguments.image_size, num_classes=1000))
+    rows = describe_family(twin, arguments.image_size)
     inferences = {row["model"]: _training_and_inference(row["model"], arguments)[1] for row in rows}
     times = compare(inferences, f"contextual_{twin}", arguments)["milliseconds"]
     speeds = {name: round(1e3 * arguments.batch_size / time, 1) for name, time in times.items()}

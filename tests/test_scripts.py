@@ -34,6 +34,20 @@ def test_the_benchmark_of_the_loss_times_both_kinds_of_targets():
     assert set(found["milliseconds"]) == {"soft targets", "hard targets"}
 
 
+@pytest.mark.parametrize(
+    "command", [["scripts/benchmark.py", "loss", "--batch-size", "2", "--rounds", "1"], ["scripts/gpu_check.py", "-h"]]
+)
+def test_what_runs_on_a_lent_gpu_needs_no_more_than_torch_triton_and_timm(command):
+    """gpu_check.sh is for machines that have been set up for nothing else."""
+    absent = ["hydra", "omegaconf", "wandb", "nvidia.dali", "rich", "matplotlib", "sklearn"]
+    program = (
+        f"import runpy, sys; sys.modules |= dict.fromkeys({absent}); sys.argv = {command}; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    done = run_command("-c", program)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(not HAS_COMPILER, reason="inductor needs a C++ compiler")
 def test_the_gpu_check_passes_on_a_cpu():
     """Among others: inductor compiles the whole model without a graph break, and its gradients are the plain ones."""

@@ -1,0 +1,32 @@
+"""The rows of the paper's table 1: contextual models beside their plain twins and peers of their size from timm."""
+
+from contextual_cnn.analysis.cost import count_cost
+from contextual_cnn.models import build_model
+
+# Twin, peers of its size in the paper's table 1, and the top-1 that the paper's text gives for the contextual model
+FAMILIES = {
+    "convnext_atto": ((), None),
+    "convnext_tiny": (("regnety_040", "swin_tiny_patch4_window7_224"), 82.1 + 1.8),
+    "convnext_small": (("regnety_080", "swin_small_patch4_window7_224"), 83.1 + 1.5),
+    "convnext_base": (("regnety_160", "swin_base_patch4_window7_224"), 83.8 + 1.4),
+    "resnet50": ((), None),
+}
+TOP1 = {"convnext_tiny": 82.1, "convnext_small": 83.1, "convnext_base": 83.8}  # the paper's, of the plain twins
+
+
+def describe_family(twin: str, image_size: int = 224, num_classes: int = 1000) -> list[dict]:
+    """The plain twin, its peers, and the contextual model, in that order."""
+    peers, top1 = FAMILIES[twin]
+    names = [twin, *(peers if image_size == 224 else ()), f"contextual_{twin}"]  # Swin has a fixed size
+    rows = [_describe(name, image_size, num_classes) for name in names]
+    for row in rows:
+        row["vs_twin"] = row["macs"] / rows[0]["macs"]
+        row["vs_twin_with_interpolation"] = (row["macs"] + row["interpolation"]) / rows[0]["macs"]
+        row["vs_twin_batch_of_1"] = (row["macs"] + row["per_batch"]) / rows[0]["macs"]
+    rows[0]["paper_top1"], rows[-1]["paper_top1"] = TOP1.get(twin), top1
+    return rows
+
+
+def _describe(name: str, image_size: int, num_classes: int) -> dict:
+    model = build_model(name=name, num_classes=num_classes)
+    return {"model": name, **count_cost(model, image_size)._asdict(), "paper_top1": None}
