@@ -24,7 +24,7 @@ from torch import nn
 
 from contextual_cnn.analysis.class_embeddings import (
     class_similarity,
-    mean_off_diagonal,
+    off_diagonal,
     plot_considered_classes,
     plot_similarity,
     project,
@@ -164,7 +164,12 @@ def draw_gradcam(subject: Subject, path: Path) -> None:
             _check_classes(subject, trained)
             model = trained.model.to(subject.world.device)
             layer = last_convolution(model, stage)
-            cams[trained.config["model"]["name"]] = grad_cam(model, layer, subject.images.inputs)
+            cams[trained.config["model"]["name"]] = cam = grad_cam(model, layer, subject.images.inputs)
+            if cam.maps[0].numel() == 1:
+                raise UserError(
+                    f"stage {stage} has a single position for images of {subject.images.inputs.shape[-1]} pixels",
+                    f"--stage {max(1, stage - 1)}",
+                )
     plot_grad_cam(subject.images, cams, subject.classes, stage, path)
 
 
@@ -187,7 +192,8 @@ def draw_similarity(subject: Subject, path: Path) -> None:
         f"{subject.twin.config['model']['name']}, classifier": class_similarity(classifier.weight),
     }
     for name, matrix in matrices.items():
-        print(f"mean similarity of different classes, {name}: {mean_off_diagonal(matrix):+.4f}")
+        pairs = off_diagonal(matrix)
+        print(f"{name}: different classes {pairs.mean():+.4f} on average, {pairs.abs().mean():.4f} in absolute value")
     plot_similarity(matrices, path)
 
 

@@ -4,16 +4,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from matplotlib.lines import Line2D
 from sklearn.manifold import TSNE
 from torch import Tensor
 
 from contextual_cnn.analysis.images import Images
-from contextual_cnn.analysis.style import DIVERGING, DROPPED, KEPT, TRUE, bare, figure, short, show_image
+from contextual_cnn.analysis.style import DIVERGING, DROPPED, KEPT, TRUE, figure, short, show_image
 from contextual_cnn.contracts import StagedScores
 
-_MOST_NAMES = 40  # more would cover each other
+_MOST_NAMES = 20  # more would cover each other
 
 
 def project(vectors: Tensor, seed: int = 0) -> np.ndarray:
@@ -29,10 +30,9 @@ def class_similarity(vectors: Tensor) -> Tensor:
     return unit @ unit.T
 
 
-def mean_off_diagonal(similarity: Tensor) -> float:
-    """The mean over the pairs of different classes."""
-    n = len(similarity)
-    return ((similarity.sum() - similarity.trace()) / (n * (n - 1))).item()
+def off_diagonal(similarity: Tensor) -> Tensor:
+    """(N, N) -> (N (N - 1),) of the pairs of different classes."""
+    return similarity[~torch.eye(len(similarity), dtype=torch.bool)]
 
 
 def plot_considered_classes(
@@ -59,21 +59,25 @@ def plot_considered_classes(
             show_image(row[0], images.pixels[b], f"{known}predicted: {short(classes[says])}")
             for axis, (name, shortlist) in zip(row[1:], columns, strict=True):
                 considered = range(len(points)) if shortlist is None else shortlist[b].tolist()
-                gone = "" if label is None or label in considered else ", the true one dropped"
+                gone = "" if label is None or label in considered else " (true out)"
                 axis.set_title(f"{name}: {len(considered)} of {len(points)}{gone}", fontsize=9)
                 _plot_classes(axis, points, considered, label, classes)
         axes[0, 0].figure.legend(handles=_legend(), loc="outside lower center", ncols=3, frameon=False)
 
 
 def plot_similarity(matrices: Mapping[str, Tensor], path: Path) -> None:
-    """The matrices side by side under one colour scale; the classes in the data's order."""
-    with figure(path, 1, len(matrices), (4.4, 4.3), "Cosine similarity of the classes, in the data's order") as axes:
+    """The matrices side by side under one colour scale, which ends at the most similar pair of different classes."""
+    limit = max(off_diagonal(matrix).abs().max().item() for matrix in matrices.values())
+    with figure(path, 1, len(matrices), (4.4, 4.5), "Cosine similarity of the classes, in the data's order") as axes:
         for axis, (name, matrix) in zip(axes[0], matrices.items(), strict=True):
-            drawn = axis.imshow(matrix, cmap=DIVERGING, vmin=-1, vmax=1, interpolation="nearest")
-            axis.set_title(f"{name}\nmean of different classes {mean_off_diagonal(matrix):+.3f}", fontsize=10)
+            drawn = axis.imshow(matrix, cmap=DIVERGING, vmin=-limit, vmax=limit, interpolation="nearest")
+            pairs = off_diagonal(matrix)
+            sizes = f"different classes: mean {pairs.mean():+.3f}, mean absolute {pairs.abs().mean():.3f}"
+            axis.set_title(f"{name}\n{sizes}", fontsize=9)
             axis.set(xlabel="class", ylabel="class")
             axis.grid(False)
-        axes[0, 0].figure.colorbar(drawn, ax=axes[0].tolist(), shrink=0.75, label="cosine similarity")
+        bar = axes[0, 0].figure.colorbar(drawn, ax=axes[0].tolist(), shrink=0.75, extend="max")
+        bar.set_label("cosine similarity (1 on the diagonal)")
 
 
 def _plot_classes(axis, points: np.ndarray, considered: Sequence[int], label: int | None, classes) -> None:
@@ -87,8 +91,9 @@ def _plot_classes(axis, points: np.ndarray, considered: Sequence[int], label: in
             axis.annotate(
                 short(classes[i], 12), points[i], xytext=(2, 3), textcoords="offset points", fontsize=7, zorder=4
             )
-    bare(axis)
-    axis.margins(0.08)
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set(visible=True, color=DROPPED)
+    axis.margins(0.1)
 
 
 def _legend() -> list[Line2D]:

@@ -82,8 +82,8 @@ def plot_grad_cam(images: Images, cams: Mapping[str, GradCam], classes: Sequence
             for axis, (name, cam) in zip(row[1:], cams.items(), strict=True):
                 heat = F.interpolate(cam.maps[b, None, None], size, mode="bilinear", align_corners=False)[0, 0]
                 says = int(cam.predicted[b])
-                verdict = "" if label is None else (", right" if says == label else ", wrong")
-                show_image(axis, images.pixels[b], f"{name}\n{short(classes[says])} {cam.scores[b]:.0%}{verdict}")
+                verdict = "" if label is None else (": right" if says == label else ": wrong")
+                show_image(axis, images.pixels[b], f"{name}\nsays {short(classes[says])}, {cam.scores[b]:.0%}{verdict}")
                 axis.imshow(heat.cpu(), cmap=_MAP, vmin=0, vmax=1, alpha=0.55)
 
 

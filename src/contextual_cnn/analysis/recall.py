@@ -35,7 +35,7 @@ def plot_recall(curves: Tensor, stages: Sequence[int], shortlist_sizes: Sequence
         shortlist_sizes: of all classifications but the last.
     """
     m = torch.arange(1, curves.shape[1] + 1)
-    with figure(path, 1, 1, (6.5, 4.2), title) as axes:
+    with figure(path, 1, 1, (7, 4.6), title) as axes:
         axis = axes[0, 0]
         for i, (curve, stage, color) in enumerate(zip(curves, stages, LINES, strict=False)):
             label = f"after stage {stage}, top-1 {curve[0]:.1%}"
@@ -45,9 +45,12 @@ def plot_recall(curves: Tensor, stages: Sequence[int], shortlist_sizes: Sequence
                 axis.plot(size, 100 * curve[size - 1], "o", color=color, markersize=6, zorder=3)
             axis.plot(m, 100 * curve, color=color, linewidth=1.6, label=label)
         axis.set(xscale="log", xlabel="m", ylabel="true class among the best m, % of the val images")
-        axis.set_xlim(1, len(m))
+        ticks = [tick for decade in (1, 10, 100, 1000, 10000) for tick in (decade, 2 * decade, 5 * decade)]
+        axis.set_xticks([tick for tick in ticks if tick <= len(m)], minor=False)
+        axis.set_xticks([], minor=True)
         axis.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
-        axis.legend(frameon=False, loc="lower right", fontsize=8.5)
+        axis.set_xlim(1, len(m))
+        axis.figure.legend(frameon=False, loc="outside lower center", ncols=2)
 
 
 def _rank_counts(logits: Tensor, labels: Tensor) -> Tensor:

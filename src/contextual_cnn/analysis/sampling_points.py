@@ -87,8 +87,8 @@ def plot_sampling_points(
                 _plot_points(above, regular, static)
                 _plot_points(below, moved[b], weights[b], regular)
                 for axis in (above, below):
-                    axis.plot(point[1], point[0], "+", color="white", markersize=9, markeredgewidth=2.5)
-                    axis.plot(point[1], point[0], "+", color="black", markersize=8, markeredgewidth=1.2)
+                    axis.plot(point[1], point[0], "+", color="white", markersize=9, markeredgewidth=3, zorder=4)
+                    axis.plot(point[1], point[0], "+", color="black", markersize=8, markeredgewidth=1.2, zorder=4)
                     axis.set(xlim=(low, high), ylim=(high, low), facecolor="#EEEEEE")
 
 

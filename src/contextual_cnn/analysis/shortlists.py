@@ -5,6 +5,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from contextual_cnn.analysis.images import Images
@@ -42,13 +43,20 @@ def shown_classes(logits: Tensor, label: int | None, most: int = _BARS) -> list[
     return best if label is None or label in best else [*best[: most - 1], label]
 
 
+def rank(logits: Tensor, index: int) -> int:
+    """The place of a class among (N,) logits, from 1."""
+    return int((logits > logits[index]).sum()) + 1
+
+
 def _plot_bars(axis: Axes, logits: Tensor, fates: Sequence[set[int]], label: int | None, classes) -> None:
     shown = shown_classes(logits, label)
     probabilities = logits.softmax(dim=0)
-    ranks = logits.argsort(descending=True).argsort()
     for place, index in enumerate(shown):
         axis.barh(place, probabilities[index].item(), color=_color(index, fates, shown), height=0.72)
-    axis.set_yticks(range(len(shown)), [f"{short(classes[i], 14)} {ranks[i] + 1}" for i in shown], fontsize=7.5)
+    names = [short(classes[i], 16) for i in shown]
+    if label in shown and rank(logits, label) > len(shown):
+        names[-1] += f" (rank {rank(logits, label)})"
+    axis.set_yticks(range(len(shown)), names, fontsize=7.5)
     for tick, index in zip(axis.get_yticklabels(), shown, strict=True):
         if index == label:
             tick.set(color="black", fontweight="bold", bbox=dict(facecolor=TRUE, edgecolor="none", pad=1.5))
@@ -56,6 +64,7 @@ def _plot_bars(axis: Axes, logits: Tensor, fates: Sequence[set[int]], label: int
     axis.tick_params(axis="y", length=0)
     axis.grid(False, axis="y")
     axis.set_xlabel("probability", fontsize=8)
+    axis.xaxis.set_major_locator(MaxNLocator(3))
 
 
 def _color(index: int, fates: Sequence[set[int]], shown: Sequence[int]) -> str:
@@ -68,5 +77,9 @@ def _color(index: int, fates: Sequence[set[int]], shown: Sequence[int]) -> str:
 
 
 def _legend() -> list[Patch]:
-    texts = ((KEPT, "stays to the last shortlist"), (FADING, "kept, dropped later"), (DROPPED, "dropped"))
+    texts = (
+        (KEPT, "stays to the last shortlist; decided for"),
+        (FADING, "kept here, dropped later"),
+        (DROPPED, "dropped"),
+    )
     return [*(Patch(color=color, label=text) for color, text in texts), Patch(color=TRUE, label="true class")]

@@ -1,5 +1,6 @@
 """How the project's figures look: one style, colours that colour-blind readers can tell apart, one way to a file."""
 
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ STYLE = {
 TRUE, KEPT, FADING, DROPPED = "#E69F00", "#0072B2", "#56B4E9", "#BBBBBB"
 LINES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 DIVERGING = "PuOr_r"
+_LETTERS_PER_INCH = 11  # of a title
 
 
 @contextmanager
@@ -30,13 +32,15 @@ def figure(path: Path, rows: int, columns: int, size: tuple[float, float], title
 
     Args:
         size: of a panel, width and height in inches.
+        title: broken to the figure's width.
         options: what `plt.subplots` takes.
     """
     with plt.rc_context(STYLE):
         drawn, axes = plt.subplots(
             rows, columns, figsize=(size[0] * columns, size[1] * rows), layout="constrained", squeeze=False, **options
         )
-        drawn.suptitle(title, fontsize=11)
+        width = int(_LETTERS_PER_INCH * size[0] * columns)
+        drawn.suptitle("\n".join(textwrap.fill(line, width) for line in title.splitlines()), fontsize=11)
         try:
             yield axes
             drawn.savefig(path, dpi=120)

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from contextual_cnn.analysis.images import Images
 from contextual_cnn.analysis.modulation import Modulation
-from contextual_cnn.analysis.style import DIVERGING, bare, figure, show_image
+from contextual_cnn.analysis.style import DIVERGING, figure, show_image
 
 _CHANNELS = 6
 
@@ -37,34 +38,33 @@ def most_varied_channels(weight_offset: Tensor, count: int = _CHANNELS) -> list[
 
 
 def plot_weight_offsets(images: Images, modulation: Modulation, path: Path) -> None:
-    """A row for each of the channels that differ most: static kernel, dw of each image under one colour scale, and
-    the deviation between the images."""
+    """A row for each of the channels that differ most: static kernel, mean dw of the images, and by what each image's
+    dw differs from it, the last under one colour scale."""
     offsets = modulation.weight_offset.cpu()
-    static = modulation.static_kernel().cpu()
+    static, mean = modulation.static_kernel().cpu(), offsets.mean(dim=0)
     channels = most_varied_channels(offsets)
     sizes = offset_sizes(modulation)
     title = (
-        f"Weight offsets of {modulation.name}, the {len(channels)} channels that differ most between images\n"
-        f"all channels, relative to the kernel: mean of the images {sizes.mean:.1%}, between images {sizes.between:.1%}"
+        f"Weight offsets dw of {modulation.name}, the {len(channels)} channels that differ most between images\n"
+        f"all channels: mean dw {sizes.mean:.1%} of the kernel w, between images {sizes.between:.1%}"
     )
-    columns = 3 + len(images.names)
-    with figure(path, 1 + len(channels), columns, (1.55, 1.6), title) as axes:
-        for b, pixels in enumerate(images.pixels):
-            show_image(axes[0, 1 + b], pixels)
-        for axis in (axes[0, 0], *axes[0, -2:]):
+    with figure(path, 1 + len(channels), 2 + len(images.names), (1.55, 1.6), title) as axes:
+        for axis, pixels in zip(axes[0, 2:], images.pixels, strict=True):
+            show_image(axis, pixels)
+        for axis in axes[0, :2]:
             axis.set_visible(False)
         for row, channel in zip(axes[1:], channels, strict=True):
-            changes = offsets[:, channel]
-            kernel, change = static[channel].abs().max(), changes.abs().max()
-            panels = [("kernel w", static[channel], kernel)]
-            panels += [("dw", own, change) for own in changes]
-            panels += [("mean dw", changes.mean(dim=0), change)]
-            for axis, (name, values, limit) in zip(row, panels, strict=False):
-                show_image(axis, values, f"{name}, ±{limit:.2g}", cmap=DIVERGING, vmin=-limit, vmax=limit)
-            deviation = changes.std(dim=0, correction=0)
-            show_image(row[-1], deviation, f"deviation, {deviation.max():.2g}", cmap="viridis", vmin=0)
+            differences = offsets[:, channel] - mean[channel]
+            largest = differences.abs().max()
+            _show_kernel(row[0], "w", static[channel], static[channel].abs().max())
+            _show_kernel(row[1], "mean dw", mean[channel], mean[channel].abs().max())
+            for axis, difference in zip(row[2:], differences, strict=True):
+                _show_kernel(axis, "dw - mean", difference, largest)
             row[0].set_ylabel(f"channel {channel}")
-            bare(row[-1])
+
+
+def _show_kernel(axis: Axes, name: str, kernel: Tensor, limit: Tensor) -> None:
+    show_image(axis, kernel, f"{name}, ±{limit:.2g}", cmap=DIVERGING, vmin=-limit, vmax=limit)
 
 
 def _rms(values: Tensor) -> float:
