@@ -232,7 +232,7 @@ def draw_recall(subject: Subject, path: Path) -> None:
     batches = subject.data.evaluation_batches(subject.world)
     curves = recall_curves((staged_scores(subject.model, batch.images), batch.targets) for batch in batches)
     sizes = subject.model.shortlist_sizes if isinstance(subject.model, ContextualModel) else ()
-    title = f"{subject.name}: the true class among the best of each stage, {batches.images} val images"
+    title = f"{subject.name}: recall after each stage, {batches.images} val images"
     plot_recall(curves, subject.classified, sizes, title, path)
 
 

@@ -70,7 +70,7 @@ def plot_similarity(matrices: Mapping[str, Tensor], path: Path) -> None:
     limit = max(off_diagonal(matrix).abs().max().item() for matrix in matrices.values())
     with figure(path, 1, len(matrices), (4.4, 4.5), "Cosine similarity of the classes, in the data's order") as axes:
         for axis, (name, matrix) in zip(axes[0], matrices.items(), strict=True):
-            drawn = axis.imshow(matrix, cmap=DIVERGING, vmin=-limit, vmax=limit, interpolation="nearest")
+            drawn = axis.imshow(matrix.numpy(), cmap=DIVERGING, vmin=-limit, vmax=limit, interpolation="nearest")
             pairs = off_diagonal(matrix)
             sizes = f"different classes: mean {pairs.mean():+.3f}, mean absolute {pairs.abs().mean():.3f}"
             axis.set_title(f"{name}\n{sizes}", fontsize=9)

@@ -84,7 +84,7 @@ def plot_grad_cam(images: Images, cams: Mapping[str, GradCam], classes: Sequence
                 says = int(cam.predicted[b])
                 verdict = "" if label is None else (": right" if says == label else ": wrong")
                 show_image(axis, images.pixels[b], f"{name}\nsays {short(classes[says])}, {cam.scores[b]:.0%}{verdict}")
-                axis.imshow(heat.cpu(), cmap=_MAP, vmin=0, vmax=1, alpha=0.55)
+                axis.imshow(heat.cpu().numpy(), cmap=_MAP, vmin=0, vmax=1, alpha=0.55)
 
 
 def _spatial_convolutions(module: nn.Module) -> Iterator[nn.Module]:

@@ -13,6 +13,7 @@ from timm.data import ImageNetInfo, create_transform, is_img_extension
 from torch import Tensor
 
 from contextual_cnn.data.on_device import normalise
+from contextual_cnn.data.reader import read_image
 from contextual_cnn.data.sources import ImageSource
 from contextual_cnn.errors import UserError
 
@@ -53,7 +54,7 @@ class ImageMaker:
         return self._make([path.name for path in paths], encoded, [index.get(path.parent.name) for path in paths])
 
     def from_source(self, source: ImageSource, indices: Sequence[int]) -> Images:
-        encoded = [source.read(i) for i in indices]
+        encoded = [read_image(source, i) for i in indices]
         return self._make([source.name(i) for i in indices], encoded, [int(source.targets[i]) for i in indices])
 
     def _make(self, names: list[str], encoded: list[bytes], labels: list[int | None]) -> Images:
@@ -72,7 +73,7 @@ def find_images(given: Sequence[Path], most: int) -> list[Path]:
     for path in given:
         if not path.exists():
             raise UserError(f"--images: there is no {path}", "give image files, or folders of them")
-        files = sorted(file for file in path.rglob("*") if is_img_extension(file.suffix)) if path.is_dir() else [path]
+        files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if is_img_extension(f.suffix.lower()))
         if not files:
             raise UserError(f"--images: {path} holds no images", "give image files, or folders of them")
         found += files

@@ -35,7 +35,7 @@ def plot_recall(curves: Tensor, stages: Sequence[int], shortlist_sizes: Sequence
         shortlist_sizes: of all classifications but the last.
     """
     m = torch.arange(1, curves.shape[1] + 1)
-    with figure(path, 1, 1, (7, 4.6), title) as axes:
+    with figure(path, 1, 1, (7, 5), title) as axes:
         axis = axes[0, 0]
         for i, (curve, stage, color) in enumerate(zip(curves, stages, LINES, strict=False)):
             label = f"after stage {stage}, top-1 {curve[0]:.1%}"
@@ -50,7 +50,7 @@ def plot_recall(curves: Tensor, stages: Sequence[int], shortlist_sizes: Sequence
         axis.set_xticks([], minor=True)
         axis.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
         axis.set_xlim(1, len(m))
-        axis.figure.legend(frameon=False, loc="outside lower center", ncols=2)
+        axis.figure.legend(frameon=False, loc="outside lower center")
 
 
 def _rank_counts(logits: Tensor, labels: Tensor) -> Tensor:

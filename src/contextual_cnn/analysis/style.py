@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display on a cluster
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 
 STYLE = {
@@ -50,7 +51,7 @@ def figure(path: Path, rows: int, columns: int, size: tuple[float, float], title
 
 def show_image(axis: Axes, pixels, title: str = "", **options) -> None:
     """An image without ticks and frame."""
-    axis.imshow(pixels, **options)
+    axis.imshow(np.asarray(pixels), **options)
     axis.set_title(title, fontsize=9)
     bare(axis)
 
