@@ -1,5 +1,6 @@
 """What the models know of the classes: t-SNE of the embeddings (figure 5a), similarity of the classes (5b)."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -7,18 +8,27 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.lines import Line2D
-from sklearn.manifold import TSNE
 from torch import Tensor
 
 from contextual_cnn.analysis.images import Images
 from contextual_cnn.analysis.style import DIVERGING, DROPPED, KEPT, TRUE, figure, short, show_image
 from contextual_cnn.contracts import StagedScores
+from contextual_cnn.errors import UserError
 
-_MOST_NAMES = 20  # more would cover each other
+_MOST_NAMES = 20  # beside their points, of all the classes that there are; more would cover each other
+_MOST_LISTED = 10  # below the panel, of the classes considered
 
 
 def project(vectors: Tensor, seed: int = 0) -> np.ndarray:
-    """(N, E) -> (N, 2) by t-SNE of the cosine distances, which are what scores are made of."""
+    """(N, E) -> (N, 2) by t-SNE of the cosine distances, which are what scores are made of.
+
+    Raises:
+        UserError: scikit-learn is not installed, which nothing else needs.
+    """
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise UserError("embeddings needs scikit-learn for its t-SNE", 'pip install -e ".[analysis]"') from error
     perplexity = min(30.0, (len(vectors) - 1) / 3)
     tsne = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed)
     return tsne.fit_transform(vectors.detach().float().cpu().numpy())
@@ -86,18 +96,20 @@ def _plot_classes(axis, points: np.ndarray, considered: Sequence[int], label: in
     axis.scatter(*points[list(considered)].T, s=16, color=KEPT, linewidths=0)
     if label is not None:
         axis.scatter(*points[label], s=110, marker="*", color=TRUE, edgecolors="black", linewidths=0.6, zorder=3)
-    if len(considered) <= _MOST_NAMES:
+    if len(points) <= _MOST_NAMES:
         for i in considered:
             axis.annotate(
                 short(classes[i], 12), points[i], xytext=(2, 3), textcoords="offset points", fontsize=7, zorder=4
             )
+    elif len(considered) <= _MOST_LISTED:
+        axis.set_xlabel(textwrap.fill(",  ".join(short(classes[i], 16) for i in considered), 44), fontsize=7.5)
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set(visible=True, color=DROPPED)
     axis.margins(0.1)
 
 
 def _legend() -> list[Line2D]:
-    marks = (("considered", "o", KEPT, 5), ("dropped", "o", DROPPED, 5), ("true class", "*", TRUE, 10))
+    marks = (("considered", "o", KEPT, 5), ("not considered", "o", DROPPED, 5), ("true class", "*", TRUE, 10))
     return [
         Line2D([], [], linestyle="", marker=marker, color=color, markersize=size, label=text)
         for text, marker, color, size in marks

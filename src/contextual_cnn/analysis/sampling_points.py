@@ -113,7 +113,7 @@ def _tap_sizes(kernel: Tensor) -> Tensor:
 
 def _limits(points: Tensor, image_size: int) -> tuple[float, float]:
     """What shows the whole image and all points, the zeros beside the image included."""
-    margin = 0.03 * image_size
+    margin = 0.04 * (points.max() - points.min()).item()
     return min(-0.5, points.min().item() - margin), max(image_size - 0.5, points.max().item() + margin)
 
 

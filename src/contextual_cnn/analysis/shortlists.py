@@ -80,6 +80,6 @@ def _legend() -> list[Patch]:
     texts = (
         (KEPT, "stays to the last shortlist; decided for"),
         (FADING, "kept here, dropped later"),
-        (DROPPED, "dropped"),
+        (DROPPED, "not on the shortlist"),
     )
     return [*(Patch(color=color, label=text) for color, text in texts), Patch(color=TRUE, label="true class")]

@@ -45,7 +45,7 @@ def plot_weight_offsets(images: Images, modulation: Modulation, path: Path) -> N
     channels = most_varied_channels(offsets)
     sizes = offset_sizes(modulation)
     title = (
-        f"Weight offsets dw of {modulation.name}: the {len(channels)} channels that differ most\n"
+        f"Weight offsets dw of {modulation.name}\nthe {len(channels)} channels that differ most between images\n"
         f"all channels: mean dw {sizes.mean:.1%} of the kernel w, between images {sizes.between:.1%}"
     )
     with figure(path, 1 + len(channels), 2 + len(images.names), (1.55, 1.6), title) as axes:
