@@ -16,12 +16,10 @@ from contextual_cnn import cli
 from contextual_cnn.cli import Group
 from contextual_cnn.data import ImageData
 from contextual_cnn.distributed import process_group
-from contextual_cnn.engine.checkpoint import find_checkpoint, load_checkpoint
 from contextual_cnn.engine.evaluator import evaluate
 from contextual_cnn.engine.run_folder import start_logging
 from contextual_cnn.engine.trainer import TrainerSettings
-from contextual_cnn.errors import UserError
-from contextual_cnn.models import build_model
+from contextual_cnn.trained import load_model
 
 
 def data_overrides(
@@ -45,7 +43,6 @@ SCHEMA = {
     "precision": Literal["auto", "bf16", "fp32"],
     "data": Group(data_overrides),
 }
-CHECKPOINT_SCHEMA = {"model": Group(build_model), "data": Group(ImageData)}
 
 
 @hydra.main(
@@ -55,43 +52,28 @@ CHECKPOINT_SCHEMA = {"model": Group(build_model), "data": Group(ImageData)}
 @cli.job
 def main(hydra_config: DictConfig) -> None:
     config = cli.read_config(hydra_config, SCHEMA)
-    path = find_checkpoint(config["checkpoint"])
-    state = load_checkpoint(path)
-    trained = {key: state["config"][key] for key in CHECKPOINT_SCHEMA}
-    trained["data"] |= data_overrides(**config["data"])
-    cli.check_config(trained, CHECKPOINT_SCHEMA)  # a checkpoint's config is somebody's input too
-    data = ImageData(("val",), tuple(state["classes"]), **trained["data"])
-    weights = _choose_weights(config["weights"], state)
+    trained = load_model(config["checkpoint"], config["weights"], data_overrides(**config["data"]))
+    data = ImageData(("val",), trained.classes, **trained.config["data"])
 
     with process_group(config["device"]) as world:
         console = start_logging(world.is_main)
         data.log_summary()
-        model = build_model(**trained["model"] | {"weights": None})
-        model.load_state_dict(state["model" if weights == "raw" else "ema"])
-        model.to(world.device)
+        model = trained.model.to(world.device)
         batches = data.evaluation_batches(world)
         autocast = TrainerSettings(precision=config["precision"]).autocast(world.device)
-        report = evaluate({weights: model}, batches, batches.images, world, autocast)[weights]
+        report = evaluate({trained.weights: model}, batches, batches.images, world, autocast)[trained.weights]
         if not world.is_main:
             return
         recalls = [report.pop(name) for name in sorted(report) if name.startswith("recall_stage")]
         report |= {
             "stage_recall": recalls,
-            "weights": weights,
-            "checkpoint": str(path),
-            "step": state["step"],
+            "weights": trained.weights,
+            "checkpoint": str(trained.path),
+            "step": trained.step,
         }
-        _write_json(path.parent, report)
-        console.print(_table(trained["model"]["name"], report))
+        _write_json(trained.path.parent, report)
+        console.print(_table(trained.config["model"]["name"], report))
         print(f"top-1 {report['top1']:.2f}")
-
-
-def _choose_weights(wanted: str, state: dict[str, Any]) -> str:
-    """auto: those whose top-1 made the checkpoint the best, by its own record."""
-    weights = state["best"]["weights"] if wanted == "auto" else wanted
-    if weights == "ema" and state["ema"] is None:
-        raise UserError("weights=ema, but the checkpoint holds no moving average", "weights=raw")
-    return weights
 
 
 def _write_json(folder: Path, report: dict[str, Any]) -> None:

@@ -44,6 +44,9 @@ def image_root(tmp_path_factory, photos) -> Path:
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)
+    # What Hydra's and W&B's parts have left in this process's environment is not for the commands that a test starts
+    for name in ("HYDRA_FULL_ERROR", *(name for name in os.environ if name.startswith("WANDB_SERVICE"))):
+        os.environ.pop(name, None)
 
 
 def run_command(
@@ -51,7 +54,6 @@ def run_command(
 ) -> subprocess.CompletedProcess:
     """Runs one of the project's scripts with this interpreter: offline, one thread, output captured."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1", **environment}
-    env.pop("HYDRA_FULL_ERROR", None)
     return subprocess.run(
         [sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False
     )

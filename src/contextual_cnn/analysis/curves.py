@@ -3,19 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
+from contextual_cnn.analysis.style import figure
 
-matplotlib.use("Agg")  # no display on a cluster
-
-import matplotlib.pyplot as plt
-
-_STYLE = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "font.size": 9,
-}
 _PANELS = (
     # title, axis label, metrics as (name, label)
     (
@@ -39,8 +28,7 @@ _PANELS = (
 
 def plot_curves(rows: Sequence[dict[str, float]], path: Path, title: str) -> None:
     """Draws accuracy, losses, recall per stage and learning rate over the steps, as far as the rows have them."""
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
+    with figure(path, 2, 2, (5, 3.25), title) as axes:
         for axis, (panel, label, metrics) in zip(axes.flat, _PANELS, strict=True):
             for name, legend in metrics:
                 points = [(row["step"], row[name]) for row in rows if name in row]
@@ -56,6 +44,3 @@ def plot_curves(rows: Sequence[dict[str, float]], path: Path, title: str) -> Non
                 axis.legend(frameon=False)
             else:
                 axis.text(0.5, 0.5, "this model has no stages", ha="center", transform=axis.transAxes, color="grey")
-        figure.suptitle(title)
-        figure.savefig(path, dpi=120)
-        plt.close(figure)

@@ -1,0 +1,62 @@
+"""A trained model, read from a checkpoint: where evaluate.py and scripts/analyze.py start from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from contextual_cnn import cli
+from contextual_cnn.data import ImageData
+from contextual_cnn.engine.checkpoint import find_checkpoint, load_checkpoint
+from contextual_cnn.errors import UserError
+from contextual_cnn.models import build_model
+
+_SCHEMA = {"model": cli.Group(build_model), "data": cli.Group(ImageData)}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model and what it was trained with.
+
+    model: on the CPU, in eval mode.
+    weights: "raw" or "ema".
+    config: of its training, with groups "model" and "data".
+    """
+
+    model: nn.Module
+    weights: str
+    path: Path
+    step: int
+    classes: tuple[str, ...]
+    config: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder, or the folder of a checkpoint that lies elsewhere."""
+        parent = self.path.parent
+        return parent.parent if parent.name == "checkpoints" else parent
+
+
+def load_model(checkpoint: str, weights: str = "auto", data: Mapping[str, Any] | None = None) -> Trained:
+    """Builds the model of a checkpoint's own config and loads its weights.
+
+    Args:
+        checkpoint: a run folder or a .pt file.
+        weights: "raw", "ema", or "auto" for those whose top-1 made the checkpoint the best, by its own record.
+        data: what is to differ from the training's data.
+
+    Raises:
+        UserError: no such checkpoint, a damaged one, one whose config is refused, or weights that it does not hold.
+    """
+    path = find_checkpoint(checkpoint)
+    state = load_checkpoint(path)
+    config = state["config"] | {"data": state["config"]["data"] | dict(data or {})}
+    cli.check_config({key: config[key] for key in _SCHEMA}, _SCHEMA)  # a checkpoint's config is somebody's input too
+    weights = state["best"]["weights"] if weights == "auto" else weights
+    if weights == "ema" and state["ema"] is None:
+        raise UserError("weights=ema, but the checkpoint holds no moving average", "weights=raw")
+    model = build_model(**config["model"] | {"weights": None})
+    model.load_state_dict(state["model" if weights == "raw" else "ema"])
+    return Trained(model.eval(), weights, path, state["step"], tuple(state["classes"]), config)

@@ -1,0 +1,298 @@
+"""The figures say what is so: their numbers against computations by hand, their pictures against their inputs."""
+
+import runpy
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import nn
+
+from contextual_cnn.analysis.class_embeddings import (
+    class_similarity,
+    off_diagonal,
+    plot_considered_classes,
+    plot_similarity,
+    project,
+)
+from contextual_cnn.analysis.grad_cam import grad_cam, last_convolution, plot_grad_cam
+from contextual_cnn.analysis.images import ImageMaker, Images, find_images, readable_names, spread
+from contextual_cnn.analysis.modulation import record_modulations
+from contextual_cnn.analysis.recall import plot_recall, recall_curves
+from contextual_cnn.analysis.sampling_points import ImageGrid, plot_sampling_points, sampling_points
+from contextual_cnn.analysis.shortlists import plot_shortlists, rank, shown_classes
+from contextual_cnn.analysis.weight_offsets import most_varied_channels, offset_sizes, plot_weight_offsets
+from contextual_cnn.contracts import StagedScores
+from contextual_cnn.errors import UserError
+from contextual_cnn.models import build_model
+from contextual_cnn.models.contextual_conv import ContextualConv2d
+from contextual_cnn.ops import contextual_conv2d
+from tests.conftest import ROOT, run_command, small_run
+
+CLASSES = [f"class {i}" for i in range(6)]
+BACKBONES = ("contextual_convnext_atto", "contextual_resnet50")
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
+def model(request):
+    """With offsets, of which a fresh model has none."""
+    torch.manual_seed(0)
+    built = build_model(name=request.param, num_classes=6).eval()
+    for layer in built.modules():
+        if isinstance(layer, ContextualConv2d):
+            nn.init.normal_(layer.weight_offset.out.weight, std=0.1)
+            nn.init.normal_(layer.sampling_offset.out.weight, std=0.1)
+    for name, parameter in built.named_parameters():
+        if name.endswith("bn3.weight"):
+            nn.init.ones_(parameter)  # timm starts them at 0, which leaves nothing to see
+    return built
+
+
+@pytest.fixture
+def images(photos) -> Images:
+    pixels = np.stack([photo[100:164, 200:264] for photo in photos])
+    inputs = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 128 - 1
+    return Images(["a", "b"], pixels, inputs, [0, None])
+
+
+def drawn(path) -> np.ndarray:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+def differ(one, other) -> bool:
+    return one.shape != other.shape or (one != other).any()
+
+
+def test_grad_cam_is_the_gradient_weighted_sum_by_hand():
+    """A 1x1 convolution of two channels, then the mean: the gradients of a logit are its weights over the area."""
+    conv, head = nn.Conv2d(1, 2, 1, bias=False), nn.Linear(2, 2, bias=False)
+    conv.weight.data = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1)
+    head.weight.data = torch.tensor([[3.0, 1.0], [0.0, 0.5]])
+    net = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+    image = torch.tensor([[[[1.0, 2.0], [-1.0, 4.0]]]])
+    cam = grad_cam(net, conv, image)
+    # logits: the mean 1.5 of channel 1, -1.5 of channel 2 -> 3.0 and -0.75; map (3 x - x) / 4, its positive part
+    assert cam.predicted.tolist() == [0]
+    assert cam.scores.item() == pytest.approx(torch.tensor([3.0, -0.75]).softmax(0)[0].item())
+    assert cam.maps.tolist() == [[[0.25, 0.5], [0.0, 1.0]]]
+
+
+def test_the_last_convolution_is_no_generator_of_offsets_and_looks_around(model):
+    layer = last_convolution(model, 4)
+    names = {module: name for name, module in model.named_modules()}
+    assert names[layer] in ("stages.3.blocks.1.conv_dw", "layer4.2.conv2")
+    with pytest.raises(UserError, match="convolution"):
+        last_convolution(nn.Linear(2, 2), 4)
+
+
+def test_grad_cam_of_both_models_is_drawn_and_depends_on_the_image(model, images, tmp_path):
+    pictures = []
+    for name, inputs in (("one", images.inputs), ("other", -images.inputs)):
+        cam = grad_cam(model, last_convolution(model, 3), inputs)
+        assert cam.maps.shape == (2, 4, 4)
+        peaks = cam.maps.amax(dim=(1, 2))
+        assert set(peaks.tolist()) in ({1.0}, {0.0, 1.0})  # 0 where everything speaks against the class
+        plot_grad_cam(images, {"a": cam, "b": cam}, CLASSES, 3, tmp_path / f"{name}.png")
+        pictures.append(drawn(tmp_path / f"{name}.png"))
+    assert differ(*pictures)
+
+
+def test_similarity_is_the_cosine_by_hand(tmp_path):
+    vectors = torch.tensor([[3.0, 4.0], [4.0, 3.0], [-6.0, -8.0]])
+    similarity = class_similarity(vectors)
+    expected = torch.tensor([[1, 0.96, -1], [0.96, 1, -0.96], [-1, -0.96, 1]])
+    torch.testing.assert_close(similarity, expected)
+    assert off_diagonal(similarity).mean().item() == pytest.approx((0.96 - 1 - 0.96) / 3)
+    for name, matrix in (("one", similarity), ("other", torch.eye(3) + 0.5)):
+        plot_similarity({"a": matrix, "b": similarity}, tmp_path / f"{name}.png")
+    assert differ(drawn(tmp_path / "one.png"), drawn(tmp_path / "other.png"))
+
+
+def test_recall_curves_are_the_ranks_counted_one_by_one(tmp_path):
+    logits = [torch.randn(40, 7) for _ in range(3)]
+    logits[1][:, 3] = -torch.inf  # dropped by a stage
+    labels = torch.randint(7, (40,))
+    parts = [
+        (StagedScores(tuple(stage[part] for stage in logits)), labels[part]) for part in (slice(25), slice(25, 40))
+    ]
+    curves = recall_curves(parts)
+    for stage, curve in zip(logits, curves, strict=True):
+        for m in range(1, 8):
+            found = [
+                labels[b].item() in stage[b].topk(m).indices.tolist() and stage[b, labels[b]] > -torch.inf
+                for b in range(40)
+            ]
+            assert curve[m - 1].item() == pytest.approx(sum(found) / 40)
+    assert curves[1, -1] < 1 == curves[0, -1]
+    for name, lines in (("one", curves), ("other", curves.sqrt())):
+        plot_recall(lines, (2, 3, 4), (4, 2), "title", tmp_path / f"{name}.png")
+    assert differ(drawn(tmp_path / "one.png"), drawn(tmp_path / "other.png"))
+
+
+def test_a_score_that_is_no_number_is_no_hit():
+    assert recall_curves([(StagedScores((torch.full((2, 3), torch.nan),)), torch.tensor([0, 1]))]).max() == 0
+
+
+def test_recorded_offsets_are_what_the_layers_used(model, images):
+    """Each layer, called with the recorded offsets alone, gives what it gave."""
+    seen, handles = {}, []
+    for name, layer in model.named_modules():
+        if isinstance(layer, ContextualConv2d):
+            handles.append(layer.register_forward_hook(lambda *call, n=name: seen.update({n: call[1:]})))
+    modulations = record_modulations(model, images.inputs)
+    for handle in handles:
+        handle.remove()
+    assert [m.name for m in modulations] == list(seen)
+    for m in modulations:
+        (x, _), output = seen[m.name]
+        assert m.input_size == tuple(x.shape[2:])
+        again = contextual_conv2d(
+            x, m.layer.weight, m.layer.bias,
+            weight_offset=m.weight_offset, sampling_offset=m.sampling_offset, **m.layer.geometry,
+        )  # fmt: skip
+        torch.testing.assert_close(again, output)
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
+
+
+def test_a_map_position_stands_for_the_centre_of_what_it_sees(model):
+    """The gradient of a position of the stem's convolution reaches pixels around the one that the grid tells."""
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    image = torch.zeros(1, 3, 64, 64, requires_grad=True)
+    output = first(image)
+    size = output.shape[-1]
+    (gradient,) = torch.autograd.grad(output[0, :, 5, 3].sum(), image)
+    rows, columns = (gradient[0].abs().sum(dim=(0, other)).nonzero().squeeze(1) for other in (2, 1))
+    grid = ImageGrid(model, 64)
+    assert grid.pixel(torch.tensor(5.0), size) == (rows[0] + rows[-1]) / 2
+    assert grid.pixel(torch.tensor(3.0), size) == (columns[0] + columns[-1]) / 2
+
+
+def test_sampling_points_are_the_grid_plus_the_offsets(model, images, tmp_path):
+    modulations = record_modulations(model, images.inputs)
+    for modulation in modulations:
+        regular, moved = sampling_points(modulation, (1, 0))
+        kernel, stride = modulation.layer.weight.shape[-1], modulation.layer.geometry["stride"]
+        assert regular[kernel + 2].tolist() == [1 * stride + 1 - kernel // 2, 2 - kernel // 2]  # second row, third tap
+        k = 5
+        expected = regular[k] + modulation.sampling_offset[1, 2 * k : 2 * k + 2, 1, 0]
+        torch.testing.assert_close(moved[1, k], expected)
+    plot_sampling_points(model, images, modulations[:2], (32, 32), tmp_path / "one.png")
+    plot_sampling_points(model, images, modulations[:2], (10, 40), tmp_path / "other.png")
+    assert differ(drawn(tmp_path / "one.png"), drawn(tmp_path / "other.png"))
+
+
+def test_weight_offsets_are_split_into_their_mean_and_the_differences(model, images, tmp_path):
+    modulation = record_modulations(model, images.inputs)[-1]
+    offset, kernel = modulation.weight_offset, modulation.static_kernel()
+    sizes = offset_sizes(modulation)
+    half = (offset[0] - offset[1]) / 2  # of two images
+    assert sizes.between == pytest.approx((half.norm() / kernel.norm()).item(), rel=1e-4)
+    assert sizes.mean == pytest.approx((((offset[0] + offset[1]) / 2).norm() / kernel.norm()).item(), rel=1e-4)
+    chosen = most_varied_channels(offset, 3)
+    assert chosen == half.square().sum(dim=(1, 2)).argsort(descending=True)[:3].tolist()
+    plot_weight_offsets(images, modulation, tmp_path / "one.png")
+    plot_weight_offsets(images, modulation._replace(weight_offset=offset.flip(0)), tmp_path / "other.png")
+    assert differ(drawn(tmp_path / "one.png"), drawn(tmp_path / "other.png"))
+
+
+def test_shortlists_and_embeddings_are_drawn_from_the_scores(model, images, tmp_path):
+    with torch.inference_mode():
+        scores = model(images.inputs, staged=True)
+    points = project(model.class_embeddings.weight)
+    assert points.shape == (6, 2)
+    assert (points == project(model.class_embeddings.weight)).all()
+    flipped = StagedScores(tuple(-logits for logits in scores.logits), scores.shortlists)
+    fewer = StagedScores(scores.logits, tuple(shortlist[:, :1] for shortlist in scores.shortlists))
+    for name, some in (("one", scores), ("flipped", flipped), ("fewer", fewer)):
+        plot_shortlists(images, some, (1, 2, 3, 4), CLASSES, tmp_path / f"bars_{name}.png")
+        plot_considered_classes(points, images, some, (2, 3, 4), CLASSES, tmp_path / f"points_{name}.png")
+    assert differ(drawn(tmp_path / "bars_one.png"), drawn(tmp_path / "bars_flipped.png"))
+    assert differ(drawn(tmp_path / "points_one.png"), drawn(tmp_path / "points_fewer.png"))
+
+
+def test_a_true_class_far_down_takes_the_last_bar():
+    logits = torch.tensor([0.1, 0.5, 0.4, 0.3, 0.2])
+    assert shown_classes(logits, None, 3) == shown_classes(logits, 1, 3) == [1, 2, 3]
+    assert shown_classes(logits, 0, 3) == [1, 2, 0]
+    assert rank(logits, 0) == 5
+    assert shown_classes(torch.tensor([0.1, -torch.inf, 0.2]), None, 3) == [2, 0]
+
+
+def test_images_are_made_as_timm_evaluates(image_root):
+    files = find_images([image_root / "val"], 5)
+    assert len(files) == 5
+    size = dict(crop_pct=0.8, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    made = ImageMaker(48, **size, device=torch.device("cpu")).from_files(files, ["class_1", "class_0"])
+    transform = create_transform(48, interpolation="bicubic", **size)
+    for path, tensor, label in zip(files, made.inputs, made.labels, strict=True):
+        with Image.open(path) as image:
+            torch.testing.assert_close(tensor, transform(image), atol=1e-5, rtol=0)
+        assert label == {"class_0": 1, "class_1": 0}.get(path.parent.name)
+    assert made.pixels.shape == (5, 48, 48, 3)
+
+
+def test_chosen_images_are_spread_and_names_are_readable():
+    assert spread(3, 4) == [0, 1, 2]
+    assert spread(100, 4) == [12, 37, 62, 87]
+    assert readable_names(["n01440764", "U+00C0", "dog"]) == ["tench", "À", "dog"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, image_root):
+    """A contextual run and its plain twin, two steps each."""
+    folder = tmp_path_factory.mktemp("runs")
+    few = ("trainer.max_steps=2", "data.loader=torch")
+    for name in ("contextual", "plain"):
+        model = ["model=convnext_atto", "model.layer_scale=0.1"] if name == "plain" else []
+        arguments = small_run(image_root, folder, *few, f"run_name={name}", *model)
+        arguments = [a for a in arguments if name == "contextual" or a != "model=contextual_convnext_atto"]
+        done = run_command(*arguments)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_script_draws_everything_into_the_runs_folder_and_to_wandb(runs, image_root):
+    figures = ("gradcam", "embeddings", "similarity", "sampling", "weights", "shortlist", "recall")
+    done = run_command(
+        "scripts/analyze.py", *figures, "--checkpoint", str(runs / "contextual"), "--twin", str(runs / "plain"),
+        "--stage", "2", "--count", "2", "--device", "cpu", "--wandb",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for name in figures:
+        picture = drawn(runs / "contextual" / "figures" / f"{name}.png")
+        assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 30, name
+    mirrored = list((runs / "contextual" / "wandb").glob("offline-run-*/files/media/images/figures/*.png"))
+    assert len(mirrored) == len(figures)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "explained"),
+    [
+        (["shortlist", "--checkpoint", "RUNS/plain"], "needs a contextual model"),
+        (["similarity", "--checkpoint", "RUNS/contextual"], "add --twin"),
+        (["gradcam", "--checkpoint", "RUNS/contextual"], "a single position for images of 32 pixels"),
+        (
+            ["gradcam", "--checkpoint", "RUNS/contextual", "--images", str(ROOT / "README.md")],
+            "cannot be read as an image",
+        ),
+        (["gradcam", "--checkpoint", "RUNS/contextual", "--images", "nowhere"], "there is no nowhere"),
+        (["sampling", "--checkpoint", "RUNS/contextual", "--point", "32", "0"], "outside the image"),
+        (["weights", "--checkpoint", "RUNS/contextual", "--count", "1"], "compares images"),
+        (["weights", "--checkpoint", "RUNS/contextual", "--stage", "1"], "--stage with one of 2, 3, 4"),
+        (["recall", "--checkpoint", "RUNS/contextual", "--output", str(ROOT / "README.md")], "give --output FOLDER"),
+    ],
+)
+def test_what_cannot_be_drawn_is_explained(runs, arguments, explained, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["analyze.py", *(argument.replace("RUNS", str(runs)) for argument in arguments)])
+    with pytest.raises(UserError, match=explained):
+        runpy.run_path(str(ROOT / "scripts" / "analyze.py"))["main"]()
+
+
+def test_the_script_ends_with_cause_and_fix(tmp_path):
+    done = run_command("scripts/analyze.py", "recall", "--checkpoint", str(tmp_path / "nowhere"))
+    assert done.returncode == 2
+    assert "there is no checkpoint" in done.stderr
+    assert "fix:" in done.stderr
