@@ -73,7 +73,7 @@ class WandbLogger:
 
         self._run = None
         if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+            mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
         for attempt in dict.fromkeys((mode, "offline")):
             try:
                 self._run = wandb.init(
@@ -147,7 +147,7 @@ def open_loggers(
     lines = JsonLinesLogger(folder / "metrics.jsonl", resumed_step)
     if wandb == "off":
         return lines
-    if wandb == "online" and not _has_wandb_key():
+    if wandb == "online" and not has_wandb_key():
         raise UserError(
             "logger.wandb=online, but there is no W&B API key",
             "run `wandb login`, or use logger.wandb=offline",
@@ -176,7 +176,7 @@ def _run_id(folder: Path) -> str:
     return path.read_text().strip()
 
 
-def _has_wandb_key() -> bool:
+def has_wandb_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
