@@ -49,6 +49,16 @@ def _reproducible():
         os.environ.pop(name, None)
 
 
+def wake_up(model):
+    """Gives every zero-initialised generator of offsets some weight, as training would."""
+    stds = {"weight_offset.out": 0.1, "sampling_offset.out": 0.5, "from_context": 0.1, "offset_mask": 0.1}
+    for name, module in model.named_modules():
+        std = next((std for end, std in stds.items() if name.endswith(end)), None)
+        if std is not None and module is not None:
+            torch.nn.init.normal_(module.weight, std=std)
+    return model
+
+
 def run_command(
     *command: str, cwd: Path = ROOT, timeout: float = 300, **environment: str
 ) -> subprocess.CompletedProcess:

@@ -1,10 +1,11 @@
-"""A trained model, read from a checkpoint: where evaluate.py and scripts/analyze.py start from."""
+"""A trained model, read from a checkpoint: where evaluate.py and the scripts that use a trained model start from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from timm.data import ImageNetInfo
 from torch import nn
 
 from contextual_cnn import cli
@@ -38,6 +39,18 @@ class Trained:
         parent = self.path.parent
         return parent.parent if parent.name == "checkpoints" else parent
 
+    @property
+    def transform(self) -> dict[str, Any]:
+        """How evaluation makes an image: the arguments of timm's `create_transform`, timm's data config."""
+        data = self.config["data"]
+        return {
+            "input_size": (3, data["image_size"], data["image_size"]),
+            "crop_pct": data["crop_pct"],
+            "interpolation": "bicubic",
+            "mean": tuple(data["mean"]),
+            "std": tuple(data["std"]),
+        }
+
 
 def load_model(checkpoint: str, weights: str = "auto", data: Mapping[str, Any] | None = None) -> Trained:
     """Builds the model of a checkpoint's own config and loads its weights.
@@ -60,3 +73,9 @@ def load_model(checkpoint: str, weights: str = "auto", data: Mapping[str, Any] |
     model = build_model(**config["model"] | {"weights": None})
     model.load_state_dict(state["model" if weights == "raw" else "ema"])
     return Trained(model.eval(), weights, path, state["step"], tuple(state["classes"]), config)
+
+
+def describe_classes(classes: tuple[str, ...]) -> dict[str, str]:
+    """Words for the classes that are named by ImageNet's synsets; the others are left out."""
+    imagenet = ImageNetInfo().label_descriptions(as_dict=True)
+    return {name: imagenet[name] for name in classes if name in imagenet}

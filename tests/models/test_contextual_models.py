@@ -14,22 +14,13 @@ from contextual_cnn.errors import UserError
 from contextual_cnn.models import build_model
 from contextual_cnn.models.contextual_conv import WITHOUT_CONTEXT, ContextualConv2d, Convolution, DeformableConv2d
 from contextual_cnn.models.resnet import ContextualBottleneck
+from tests.conftest import wake_up
 
 SIZES = ["atto", "tiny", "small", "base"]
 
 
 def atto(**options):
     return build_model(name="contextual_convnext_atto", num_classes=10, **options)
-
-
-def wake_up(model):
-    """Gives every zero-initialised generator of offsets some weight, as training would."""
-    stds = {"weight_offset.out": 0.1, "sampling_offset.out": 0.5, "from_context": 0.1, "offset_mask": 0.1}
-    for name, module in model.named_modules():
-        std = next((std for end, std in stds.items() if name.endswith(end)), None)
-        if std is not None and module is not None:
-            torch.nn.init.normal_(module.weight, std=std)
-    return model
 
 
 @pytest.mark.parametrize("layout", ["timm .pth", "timm .safetensors", "original ConvNeXt"])

@@ -21,6 +21,7 @@ class ClassEmbeddings(nn.Module):
 
     def __init__(self, num_classes: int, embedding_dim: int) -> None:
         super().__init__()
+        self.in_features, self.out_features = embedding_dim, num_classes  # as of the linear layer it stands for
         self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim))
         # kept as a logarithm, so that the temperature stays positive (CLIP); starts at tau = 0.07
         self.log_inverse_temperature = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -68,18 +69,26 @@ class Merging(nn.Module):
     def forward(self, embeddings: Tensor, shortlist: Tensor) -> Tensor:
         """(N, E) table and (B, k) kept classes -> (B, E) context."""
         table = self.before(embeddings)  # (N, h)
-        share = table.new_zeros(len(shortlist), len(table)).scatter_(1, shortlist, 1 / shortlist.shape[1])
+        share = table.new_zeros(shortlist.shape[0], table.shape[0]).scatter_(1, shortlist, 1 / shortlist.shape[1])
         return self.after(share @ table)
 
 
 def default_class_counts(num_classes: int) -> tuple[int, int, int]:
-    """The paper's (500, 200, 50) of 1000 (section 4.3), scaled to another number of classes.
+    """The paper's (500, 200, 50) of 1000 (section 4.3), scaled to another number of classes."""
+    return scale_class_counts((500, 200, 50), 1000, num_classes)
+
+
+def scale_class_counts(counts: tuple[int, ...], of: int, num_classes: int) -> tuple[int, ...]:
+    """Class counts of so many classes for another number of classes: the same shares of it.
 
     Kept strictly decreasing and, where there are five classes or more, at least 2 at the end.
     """
-    last = max(2 if num_classes > 4 else 1, round(num_classes / 20))
-    middle = max(last + 1, round(num_classes / 5))
-    return max(middle + 1, round(num_classes / 2)), middle, last
+    first, middle, last = (round(count * num_classes / of) for count in counts)
+    last = max(2 if num_classes > 4 else 1, last)
+    middle = max(last + 1, middle)
+    first = min(max(middle + 1, first), num_classes)
+    middle = min(middle, first - 1)
+    return first, middle, min(last, middle - 1)
 
 
 def check_class_counts(num_classes: int, counts: tuple[int, ...]) -> None:

@@ -115,7 +115,7 @@ class WeightOffset(nn.Module):
         """(B, C, H, W), (B, E) -> (B, C, kh, kw)."""
         pooled = x.mean(dim=(2, 3))
         hidden = self.hidden(torch.cat([pooled, context], dim=1) if context is not None else pooled)
-        return self.out(hidden).view(len(x), x.shape[1], *self.kernel_size)
+        return self.out(hidden).view(*x.shape[:2], *self.kernel_size)
 
 
 class TapMaps(nn.Module):

@@ -2,6 +2,12 @@
 
     stem -> stage 1 -> classify, merge -> stage 2 -> classify, merge -> ... -> stage 4 -> classify
 
+The interface is timm's, with three differences that follow from it. The classes are part of the backbone: a model
+without a classifier (`num_classes=0`, `features_only`) keeps the class table, as its features depend on it. What comes
+before the classifier is the projection to the class embeddings, so `forward_head(pre_logits=True)` is (B, E).
+Stages cannot be called one by one: intermediate features come from `forward_intermediates`, never from hooks or
+from the model taken apart.
+
 Shapes: B images, N classes, k classes of a shortlist, E embedding size, C channels of a stage.
 """
 
@@ -9,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +26,7 @@ from contextual_cnn.models.class_context import (
     Projection,
     check_class_counts,
     default_class_counts,
+    scale_class_counts,
 )
 from contextual_cnn.models.contextual_conv import WITHOUT_CONTEXT
 
@@ -41,8 +49,10 @@ class ContextualModel(nn.Module):
     `stage_blocks`.
 
     Args:
-        channels: of each stage's output.
-        num_classes: N1.
+        feature_info: timm's, of what `forward_intermediates` gives: the stages' maps, before them the stem's or not.
+        in_chans: channels of the images.
+        num_classes: N1; 0 is a model without a classifier.
+        context_classes: N1 where num_classes is 0.
         class_counts: (N2, N3, N4), the classes that stages 2, 3 and 4 consider; None scales the paper's
             (500, 200, 50) of 1000.
         embedding_dim: E = d = 256 in the paper (table 6).
@@ -59,9 +69,11 @@ class ContextualModel(nn.Module):
 
     def __init__(
         self,
-        channels: Sequence[int],
+        feature_info: Sequence[dict],
         *,
+        in_chans: int,
         num_classes: int,
+        context_classes: int,
         class_counts: Sequence[int] | None,
         embedding_dim: int,
         selection: Selection,
@@ -69,29 +81,37 @@ class ContextualModel(nn.Module):
         drop_rate: float,
     ) -> None:
         super().__init__()
-        self.num_classes = num_classes
-        self.class_counts = tuple(class_counts) if class_counts is not None else default_class_counts(num_classes)
-        check_class_counts(num_classes, self.class_counts)
+        self.feature_info, self.in_chans, self.num_classes = list(feature_info), in_chans, num_classes
+        classes = num_classes or context_classes
+        self.class_counts = tuple(class_counts) if class_counts is not None else default_class_counts(classes)
+        check_class_counts(classes, self.class_counts)
         if selection not in ("rerank", "reduce"):
             raise ValueError(f"selection must be 'rerank' or 'reduce', got {selection!r}")
         self.selection = selection
         self.contextual_stages = tuple(contextual_stages)
         if not self.contextual_stages or sorted(set(contextual_stages) & {1, 2, 3, 4}) != list(contextual_stages):
             raise ValueError(f"contextual_stages must be some of 1, 2, 3, 4 in order, got {list(contextual_stages)}")
+        channels = [info["num_chs"] for info in feature_info[-STAGES:]]
         classified = [stage - 1 for stage in contextual_stages if stage > 1] + [STAGES]
         # Keyed by the stage that they follow or precede
         self.projections = nn.ModuleDict({str(i): Projection(channels[i - 1], embedding_dim) for i in classified})
         self.mergings = nn.ModuleDict({str(i): Merging(embedding_dim) for i in contextual_stages})
-        self.class_embeddings = ClassEmbeddings(num_classes, embedding_dim)
+        self.class_embeddings = ClassEmbeddings(classes, embedding_dim)
         self.head_drop = nn.Dropout(drop_rate)
+        self.num_features, self.head_hidden_size = channels[-1], embedding_dim
+        self.global_pool = "avg"
         self.grad_checkpointing = False
 
     def forward_stem(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> what stage 1 takes."""
         raise NotImplementedError
 
-    def stage_blocks(self) -> Iterable[Iterable[nn.Module]]:
+    def stage_blocks(self) -> Sequence[Iterable[nn.Module]]:
         """The modules of each stage, to be called one after the other; those that are ContextualBlocks with context."""
+        raise NotImplementedError
+
+    def keep_stages(self, count: int) -> None:
+        """Removes the modules of the later stages; `stage_blocks` gives nothing, or empty stages, for them."""
         raise NotImplementedError
 
     @property
@@ -102,46 +122,117 @@ class ContextualModel(nn.Module):
     def forward(self, images: Tensor, staged: bool | None = None) -> StagedScores | Tensor:
         """(B, 3, H, W) -> the scores of every stage in training; dense (B, N) logits in eval, as any timm model.
 
+        Without a classifier: what `forward_head` gives, in both modes.
+
         Args:
             staged: True or False to choose regardless of the mode.
         """
+        if not self.num_classes:
+            return self.forward_head(self.forward_features(images))
         scores = self.forward_stages(images)
         return scores if (self.training if staged is None else staged) else scores.logits[-1]
 
     def forward_stages(self, images: Tensor) -> StagedScores:
         """(B, 3, H, W) -> logits of all classifications and the shortlists of all but the last."""
-        return self._run(images)[1]
+        maps, between = self._run(images)
+        last = self._select(self.forward_head(maps[-1]), between.shortlists)
+        return StagedScores((*between.logits, last), between.shortlists)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C, H/32, W/32), the map that the last stage classifies."""
-        return self._run(images)[0]
+        return self._run(images)[0][-1]
 
-    def _run(self, images: Tensor) -> tuple[Tensor, StagedScores]:
-        """Features -> scores -> shortlist -> context -> the next stage's features."""
-        x = self.forward_stem(images)
-        logits, shortlists = [], []
-        for stage, blocks in enumerate(self.stage_blocks(), start=1):
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, C, H/32, W/32) -> (B, N) logits of all classes; with selection "reduce" too, as a map has no shortlist.
+
+        Args:
+            pre_logits: the (B, E) vectors that are compared with the class embeddings; so too without a classifier.
+        """
+        if not self.global_pool:
+            return x
+        projected = self.projections[str(STAGES)](self.head_drop(x))
+        return projected if pre_logits or not self.num_classes else self.class_embeddings(projected)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """timm's way to intermediate features, as every model of its has it.
+
+        Args:
+            x: (B, 3, H, W).
+            indices: which of `feature_info`; the last so many if an integer, all if None.
+            norm: without effect, these backbones end in no norm.
+            stop_early: leave out the stages after the last that is asked for.
+
+        Returns:
+            The maps asked for; before them the last map, unless intermediates_only.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"the maps are NCHW, got output_fmt={output_fmt!r}")
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        maps, _ = self._run(x, last + 1 - self._stem_features if stop_early else STAGES)
+        features = maps[1 - self._stem_features :]
+        intermediates = [features[i] for i in take]
+        return intermediates if intermediates_only else (maps[-1], intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes what the features asked for do not need, for good; returns their indices. As timm's models."""
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        kept = last + 1 - self._stem_features
+        if prune_head or kept < STAGES:
+            self.reset_classifier(0, "")
+            del self.projections[str(STAGES)]
+        self.keep_stages(kept)
+        self.contextual_stages = tuple(stage for stage in self.contextual_stages if stage <= kept)
+        for stage in [stage for stage in self.projections if kept <= int(stage) < STAGES]:
+            del self.projections[stage]
+        for stage in [stage for stage in self.mergings if int(stage) > kept]:
+            del self.mergings[stage]
+        self.num_features = self.feature_info[last]["num_chs"]
+        return take
+
+    @property
+    def _stem_features(self) -> int:
+        """1 if the stem's map is one of the features."""
+        return len(self.feature_info) - STAGES
+
+    def _run(self, images: Tensor, stages: int = STAGES) -> tuple[list[Tensor], StagedScores]:
+        """Features -> scores -> shortlist -> context -> the next stage's features.
+
+        Returns:
+            The maps of the stem and of so many stages, and the classifications between these stages.
+        """
+        maps, logits, shortlists = [self.forward_stem(images)], [], []
+        for stage, blocks in enumerate(self.stage_blocks()[:stages], start=1):
+            x = maps[-1]
             context = self._context(stage, x, shortlists) if stage in self.contextual_stages else None
             for block in blocks:
                 x = self._forward_block(block, x, context)
-            if str(stage) in self.projections:
-                logits.append(self._classify(stage, x, shortlists))
-            if stage + 1 in self.contextual_stages:
+            maps.append(x)
+            if stage < stages and stage + 1 in self.contextual_stages:
+                logits.append(self._select(self.class_embeddings(self.projections[str(stage)](x)), shortlists))
                 # sorted=False: the context is a mean, which has no order
                 best = logits[-1].detach().topk(self.class_counts[stage - 1], dim=1, sorted=False)
                 shortlists.append(best.indices)
-        return x, StagedScores(tuple(logits), tuple(shortlists))
+        return maps, StagedScores(tuple(logits), tuple(shortlists))
 
     def _context(self, stage: int, x: Tensor, shortlists: list[Tensor]) -> Tensor:
         """(B, E), merged from the classes that the stage considers; before stage 1 those are all."""
-        everything = torch.arange(self.num_classes, device=x.device).expand(len(x), -1)
+        table = self.class_embeddings.weight
+        everything = torch.arange(table.shape[0], device=x.device).expand(x.shape[0], -1)
         shortlist = shortlists[-1] if stage > 1 else everything
-        return self.mergings[str(stage)](self.class_embeddings.weight, shortlist)
+        return self.mergings[str(stage)](table, shortlist)
 
-    def _classify(self, stage: int, x: Tensor, shortlists: list[Tensor]) -> Tensor:
+    def _select(self, scores: Tensor, shortlists: Sequence[Tensor]) -> Tensor:
         """The stage's (B, N) logits; with "reduce", -inf where the classification before dropped the class."""
-        x = self.head_drop(x) if stage == STAGES else x
-        scores = self.class_embeddings(self.projections[str(stage)](x))
         if self.selection == "rerank" or not shortlists:
             return scores
         dropped = torch.ones_like(scores, dtype=torch.bool).scatter_(1, shortlists[-1], False)
@@ -152,6 +243,32 @@ class ContextualModel(nn.Module):
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
+
+    def get_classifier(self) -> nn.Module:
+        """The class embeddings, which the stages before use too; Identity without a classifier."""
+        return self.class_embeddings if self.num_classes else nn.Identity()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """New class embeddings for other classes, the class counts scaled to their number; 0 removes the classifier.
+
+        Without a classifier the class table stays as it is, as the context of the features.
+
+        Args:
+            global_pool: "" gives unpooled maps, only without a classifier; None changes nothing.
+
+        Raises:
+            ValueError: too few classes for shortlists that shrink three times, or another kind of pooling.
+        """
+        global_pool = self.global_pool if global_pool is None else global_pool
+        if global_pool not in (("avg",) if num_classes else ("avg", "")):
+            raise ValueError(f"global_pool={global_pool!r} with num_classes={num_classes}: only 'avg' is classified")
+        if num_classes:
+            table = self.class_embeddings.weight
+            counts = scale_class_counts(self.class_counts, table.shape[0], num_classes)
+            check_class_counts(num_classes, counts)
+            self.class_counts = counts
+            self.class_embeddings = ClassEmbeddings(num_classes, table.shape[1]).to(table.device, table.dtype)
+        self.num_classes, self.global_pool = num_classes, global_pool
 
     def no_weight_decay(self) -> set[str]:
         """What timm's optimizer factory spares besides biases and norms (offset biases are biases)."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from contextual_cnn.models.contextual_model import (
     takes_context,
     without_context_options,
 )
+from contextual_cnn.models.weights import checkpoint_filter_fn
 
 # depths and dims as timm's plain twins, which is what lets plain weights load
 _SIZES = {
@@ -28,7 +30,8 @@ class ContextualConvNeXt(ContextualModel):
     """ConvNeXt in which the likely classes after each stage modulate the convolutions of the next.
 
     Args:
-        num_classes, class_counts, embedding_dim, selection, contextual_stages, drop_rate: see `ContextualModel`.
+        num_classes, context_classes, class_counts, embedding_dim, selection, contextual_stages, drop_rate: see
+            `ContextualModel`.
         contextual_every: one of every so many blocks of a contextual stage is contextual, from the first (paper: 3).
         convolution, mask: see `replace_convolution`; only kinds with a context.
         backbone: what timm's ConvNeXt takes.
@@ -37,6 +40,7 @@ class ContextualConvNeXt(ContextualModel):
     def __init__(
         self,
         num_classes: int = 1000,
+        context_classes: int = 1000,
         class_counts: Sequence[int] | None = None,
         embedding_dim: int = 256,
         selection: Selection = "rerank",
@@ -45,12 +49,16 @@ class ContextualConvNeXt(ContextualModel):
         convolution: Convolution = "contextual",
         mask: bool = False,
         drop_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **backbone,
     ) -> None:
         plain = ConvNeXt(num_classes=0, **backbone)
         super().__init__(
-            [info["num_chs"] for info in plain.feature_info],
+            plain.feature_info,
+            in_chans=plain.in_chans,
             num_classes=num_classes,
+            context_classes=context_classes,
             class_counts=class_counts,
             embedding_dim=embedding_dim,
             selection=selection,
@@ -58,20 +66,25 @@ class ContextualConvNeXt(ContextualModel):
             drop_rate=drop_rate,
         )
         self.stem, self.stages = plain.stem, plain.stages
-        self.num_features, self.feature_info = plain.num_features, plain.feature_info
         for stage in contextual_stages:
             blocks = self.stages[stage - 1].blocks
             for i in range(0, len(blocks), contextual_every):
                 conv = replace_convolution(blocks[i].conv_dw, convolution, embedding_dim, mask)
                 blocks[i] = ContextualConvNeXtBlock(blocks[i], conv)
+        self.to(device=device, dtype=dtype)
+
+    group_matcher = ConvNeXt.group_matcher  # the class context is matched by nothing, which puts it with the head
 
     def forward_stem(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C, H/4, W/4)."""
         return self.stem(images)
 
-    def stage_blocks(self) -> Iterable[Iterable[nn.Module]]:
+    def stage_blocks(self) -> Sequence[Iterable[nn.Module]]:
         """A stage's downsampling and its blocks."""
         return [[stage.downsample, *stage.blocks] for stage in self.stages]
+
+    def keep_stages(self, count: int) -> None:
+        self.stages = self.stages[:count]
 
 
 class ContextualConvNeXtBlock(ContextualBlock):
@@ -111,7 +124,14 @@ def _plain_convnext(
 
 def _create(variant: str, pretrained: bool, **kwargs) -> nn.Module:
     kind = ContextualConvNeXt if takes_context(kwargs) else _plain_convnext
-    return build_model_with_cfg(kind, variant, pretrained, **{**_SIZES[variant], **kwargs})
+    return build_model_with_cfg(
+        kind,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+        **{**_SIZES[variant], **kwargs},
+    )
 
 
 # No weights are published; the entries give timm's tools the input they expect.
@@ -121,12 +141,17 @@ default_cfgs = generate_default_cfgs(
             url="",
             num_classes=1000,
             input_size=(3, 224, 224),
+            pool_size=(7, 7),
             crop_pct=0.875,
             interpolation="bicubic",
             mean=(0.485, 0.456, 0.406),
             std=(0.229, 0.224, 0.225),
             first_conv="stem.0",
-            classifier="class_embeddings",
+            # What is named here timm's loader drops from weights for features; these depend on the class embeddings.
+            # Those of another number of classes are dropped by the filter.
+            classifier=(),
+            license="apache-2.0",
+            paper_name="Contextual Convolutional Networks",
         )
         for name in _SIZES
     }

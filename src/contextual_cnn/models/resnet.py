@@ -2,18 +2,21 @@
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
 from contextual_cnn.models.contextual_conv import Convolution, replace_convolution
 from contextual_cnn.models.contextual_model import (
+    STAGES,
     ContextualBlock,
     ContextualModel,
     Selection,
     takes_context,
     without_context_options,
 )
+from contextual_cnn.models.weights import checkpoint_filter_fn
 
 
 class ContextualResNet(ContextualModel):
@@ -22,7 +25,8 @@ class ContextualResNet(ContextualModel):
     A weight offset is shared by all output channels of its convolution.
 
     Args:
-        num_classes, class_counts, embedding_dim, selection, contextual_stages, drop_rate: see `ContextualModel`.
+        num_classes, context_classes, class_counts, embedding_dim, selection, contextual_stages, drop_rate: see
+            `ContextualModel`.
         contextual_every: one of every so many blocks of a contextual stage is contextual, from the first (the paper
             does not say; the released code's default is 2).
         convolution, mask: see `replace_convolution`; only kinds with a context.
@@ -32,6 +36,7 @@ class ContextualResNet(ContextualModel):
     def __init__(
         self,
         num_classes: int = 1000,
+        context_classes: int = 1000,
         class_counts: Sequence[int] | None = None,
         embedding_dim: int = 256,
         selection: Selection = "rerank",
@@ -40,12 +45,16 @@ class ContextualResNet(ContextualModel):
         convolution: Convolution = "contextual",
         mask: bool = False,
         drop_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **backbone,
     ) -> None:
         plain = ResNet(num_classes=0, **backbone)
         super().__init__(
-            [info["num_chs"] for info in plain.feature_info[1:]],  # the first is the stem's
+            plain.feature_info,
+            in_chans=backbone.get("in_chans", 3),
             num_classes=num_classes,
+            context_classes=context_classes,
             class_counts=class_counts,
             embedding_dim=embedding_dim,
             selection=selection,
@@ -54,20 +63,26 @@ class ContextualResNet(ContextualModel):
         )
         self.conv1, self.bn1, self.act1, self.maxpool = plain.conv1, plain.bn1, plain.act1, plain.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = plain.layer1, plain.layer2, plain.layer3, plain.layer4
-        self.num_features, self.feature_info = plain.num_features, plain.feature_info
         for stage in contextual_stages:
             blocks = getattr(self, f"layer{stage}")
             for i in range(0, len(blocks), contextual_every):
                 conv = replace_convolution(blocks[i].conv2, convolution, embedding_dim, mask)
                 blocks[i] = ContextualBottleneck(blocks[i], conv)
+        self.to(device=device, dtype=dtype)
+
+    group_matcher = ResNet.group_matcher  # the class context is matched by nothing, which puts it with the head
 
     def forward_stem(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, C, H/4, W/4)."""
-        return self.maxpool(self.act1(self.bn1(self.conv1(images))))
+        """(B, 3, H, W) -> (B, C, H/2, W/2)."""
+        return self.act1(self.bn1(self.conv1(images)))
 
-    def stage_blocks(self) -> Iterable[Iterable[nn.Module]]:
-        """The four layers' blocks; the first of a layer downsamples."""
-        return self.layer1, self.layer2, self.layer3, self.layer4
+    def stage_blocks(self) -> Sequence[Iterable[nn.Module]]:
+        """The four layers' blocks; the first of a layer downsamples, that of layer 1 after the pooling."""
+        return (self.maxpool, *self.layer1), self.layer2, self.layer3, self.layer4
+
+    def keep_stages(self, count: int) -> None:
+        for stage in range(count + 1, STAGES + 1):
+            setattr(self, f"layer{stage}", nn.Sequential())
 
 
 class ContextualBottleneck(ContextualBlock):
@@ -113,12 +128,15 @@ default_cfgs = generate_default_cfgs(
             url="",
             num_classes=1000,
             input_size=(3, 224, 224),
+            pool_size=(7, 7),
             crop_pct=0.95,
             interpolation="bicubic",
             mean=(0.485, 0.456, 0.406),
             std=(0.229, 0.224, 0.225),
             first_conv="conv1",
-            classifier="class_embeddings",
+            classifier=(),  # see convnext.py
+            license="apache-2.0",
+            paper_name="Contextual Convolutional Networks",
         )
     }
 )
@@ -128,5 +146,11 @@ default_cfgs = generate_default_cfgs(
 def contextual_resnet50(pretrained: bool = False, **kwargs) -> nn.Module:
     """Contextual ResNet-50, and with another `convolution` every row of the paper's ablations."""
     kind = ContextualResNet if takes_context(kwargs) else _plain_resnet
-    options = dict(block=Bottleneck, layers=(3, 4, 6, 3))
-    return build_model_with_cfg(kind, "contextual_resnet50", pretrained, **options, **kwargs)
+    return build_model_with_cfg(
+        kind,
+        "contextual_resnet50",
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), feature_cls="getter"),
+        **{**dict(block=Bottleneck, layers=(3, 4, 6, 3)), **kwargs},
+    )

@@ -64,7 +64,7 @@ def _depthwise(x, weight, weight_offset, sampling_offset, mask, geometry, implem
         return conv2d(x, weight.to(x.dtype), None, *geometry, groups=x.shape[1])
     # (C, 1, kh, kw) + (B, C, kh, kw) -> (B, C, kh, kw); one map for both keeps the gradient of each for free
     combined = weight.squeeze(1).unsqueeze(0)
-    combined = combined + weight_offset if weight_offset is not None else combined.expand(len(x), -1, -1, -1)
+    combined = combined + weight_offset if weight_offset is not None else combined.expand(x.shape[0], -1, -1, -1)
     if regular:
         return _per_sample_conv2d(x, combined, *geometry)
     return sampled_conv2d(x, combined, sampling_offset, mask, geometry, implementation)

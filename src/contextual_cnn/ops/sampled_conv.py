@@ -48,7 +48,8 @@ def sampled_conv2d(
         UserError: an implementation that does not exist, or cannot compute these tensors on this machine.
     """
     wanted = _wanted(implementation)
-    if choose(wanted, x.device.type, x.dtype) == "torch":
+    chosen = choose(wanted, x.device.type, x.dtype)
+    if chosen == "torch" and not torch.compiler.is_exporting():  # export wants one operator (standard_operators.py)
         return sampled_conv_torch.forward(x, weight, offset, mask, geometry)
     return kernel(x, weight, offset, mask, geometry, wanted)
 

@@ -27,7 +27,7 @@ def forward(x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | Non
     exact = torch.promote_types(x.dtype, torch.float32)
     taps = weight.to(exact).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, K, C)
     pixels = x.to(exact).permute(0, 2, 3, 1)  # (B, H, W, C)
-    rows, columns = (t.to(exact).expand(batch, -1, -1) for t in _regular_grid(kernel, out, geometry, x.device))
+    rows, columns = (t.to(exact).expand(batch, -1, -1) for t in regular_grid(kernel, out, geometry, x.device))
     if offset is not None:
         shift = offset.to(exact).unflatten(1, (-1, 2)).permute(0, 3, 4, 1, 2).flatten(1, 2)  # (B, P, K, 2)
         rows, columns = rows + shift[..., 0], columns + shift[..., 1]
@@ -40,7 +40,7 @@ def forward(x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | Non
     return y.unflatten(1, out).permute(0, 3, 1, 2).to(x.dtype)
 
 
-def _regular_grid(
+def regular_grid(
     kernel: Sequence[int], out: Sequence[int], geometry: Sequence[int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Row and column of every tap without offsets, p + g(k): each (P, K)."""
