@@ -13,6 +13,7 @@ So one process with A = 4 and four with A = 1 see the same micro-batches.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 
@@ -128,6 +129,11 @@ class TrainSampler:
         start = plan.micro_batch_number(step_in_epoch, accumulated, self.rank) * plan.micro_batch
         return MicroBatch(epoch, start, self._order(epoch)[start : start + plan.micro_batch])
 
+    def candidates(self, n: int, i: int) -> Iterator[int]:
+        """The image of the i-th place of the n-th micro-batch, then without end those that may stand in for it."""
+        batch = self[n]
+        return chain([int(batch.indices[i])], substitutes(self.seed, batch.epoch, batch.start + i, self.plan.images))
+
     def _make_order(self, epoch: int) -> np.ndarray:
         if self._shards is None:
             order = epoch_order(self.seed, epoch, self.plan.images)
@@ -141,6 +147,13 @@ class TrainSampler:
 def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
     """The permutation of an epoch, the same on every rank."""
     return generator(Purpose.EPOCH_ORDER, seed, epoch).permutation(images)
+
+
+def substitutes(seed: int, epoch: int, place: int, images: int) -> Iterator[int]:
+    """Images in random order, drawn for one place of an epoch; without end, so some come twice."""
+    draws = generator(Purpose.SUBSTITUTE, seed, epoch, place)
+    while True:
+        yield int(draws.integers(images))
 
 
 @dataclass(frozen=True)
