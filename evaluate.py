@@ -31,6 +31,7 @@ def data_overrides(
     crop_pct: float | None = None,
     threads: int | None = None,
     eval_batch_size: int | None = None,
+    on_bad_image: Literal["skip", "stop"] | None = None,
 ) -> dict[str, Any]:
     """What may differ from the training's data; null keeps its value."""
     return {key: value for key, value in locals().items() if value is not None}
@@ -93,6 +94,8 @@ def _table(name: str, report: dict[str, Any]) -> Table:
         table.add_row(f"true class on the shortlist after stage {i}", f"{recall:.2f} %")
     table.add_row("cross-entropy", f"{report['loss']:.4f}")
     table.add_row("images, each counted once", f"{report['images']}")
+    if report["bad_images"]:
+        table.add_row("of them bad, counted as wrong", f"{report['bad_images']}")
     table.add_row("images/s", f"{report['images_per_second']:.0f}")
     return table
 

@@ -16,10 +16,10 @@ import timm.data
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from timm_reference import PILLOW_13_PATCH
 
 from contextual_cnn.data import Augmentation, ImageData
 from contextual_cnn.data.augmentation import BatchAugmentation
-from contextual_cnn.data.randaugment.pil_ops import posterize
 from contextual_cnn.data.sampler import BatchPlan
 from contextual_cnn.distributed import World
 
@@ -104,9 +104,7 @@ def _timm_batches(root: Path, augmentation: Augmentation, arguments: argparse.Na
     """timm's own loader with its defaults, a worker per core, over an epoch that does not end within the benchmark."""
     dataset = timm.data.ImageDataset(str(root / "train"))
     dataset.reader.samples = dataset.reader.samples * 1000
-    # Pillow 13 refuses to keep no bits, which timm 1.0.31 asks for; older versions make a black image of it
-    black = {"PosterizeIncreasing": posterize}
-    with mock.patch.dict("timm.data.auto_augment.NAME_TO_OP", black):
+    with mock.patch.dict("timm.data.auto_augment.NAME_TO_OP", PILLOW_13_PATCH):
         loader = timm.data.create_loader(
             dataset,
             (3, arguments.image_size, arguments.image_size),

@@ -2,7 +2,7 @@
 
 python scripts/check_data.py ROOT [--write-exclude FILE] [--duplicates] [--output FILE]
 
-Works on class folders, list files and tar shards. Bad is what the training's decoder would stop at: truncated files,
+Works on class folders, list files and tar shards. Bad is what training cannot use: truncated files,
 files that are no images, decompression bombs. Ends with status 1 if there are any; the exclude list names them for
 data.exclude.
 """

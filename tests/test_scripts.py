@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from tests.conftest import HAS_COMPILER, run_command
 
@@ -64,3 +65,25 @@ def test_the_kernels_can_be_tuned():
     (layer,) = found["milliseconds"].values()
     assert set(layer) == {"forward", "gradients of weights and offsets", "gradient of x"}
     assert all(time > 0 for choices in layer.values() for time in choices.values())
+
+
+def test_the_preview_is_a_picture_of_labelled_rows(image_root, tmp_path):
+    output = tmp_path / "preview.png"
+    size = ("--columns", "4", "--rows", "1", "--image-size", "32")
+    done = run_command("scripts/preview_data.py", str(image_root), "--output", str(output), *size)
+    assert done.returncode == 0, done.stderr
+    with Image.open(output) as sheet:
+        assert (sheet.format, sheet.mode) == ("PNG", "RGB")
+        assert sheet.width > 4 * 32
+        assert sheet.height > 5 * 32  # image, ours, timm's, and two of ours that are mixed
+        assert len(sheet.getcolors(sheet.width * sheet.height)) > 1000
+    done = run_command("scripts/preview_data.py", str(image_root), "--output", str(tmp_path / "no.such"), *size)
+    assert done.returncode == 2
+    assert "cannot be written" in done.stderr
+
+
+def test_the_comparison_of_the_loaders_has_nine_distances():
+    found = report("scripts/compare_loaders.py", "--images", "96", "--image-size", "32", "--loader", "torch")
+    assert found["images"] == 96
+    assert len(found["results"]) == 9
+    assert found["below_the_line"] >= 7  # each of them is above by chance once in twenty times

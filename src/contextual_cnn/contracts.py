@@ -13,7 +13,8 @@ class Batch(NamedTuple):
     """Images ready for the model and their targets.
 
     images: (B, 3, H, W) float, normalised, channels_last.
-    targets: (B,) int64 class indices, or (B, N) float probabilities after mixing or smoothing.
+    targets: (B,) int64 class indices, or (B, N) float probabilities after mixing or smoothing. In an evaluation -1 is
+        the target of an image that cannot be read or decoded: no answer is right.
     """
 
     images: Tensor

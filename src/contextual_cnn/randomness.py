@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     IMAGE = 3
     MICRO_BATCH = 4
     IMAGE_OPS = 5
+    SUBSTITUTE = 6
 
 
 def generator(purpose: Purpose, *key: int) -> np.random.Generator:

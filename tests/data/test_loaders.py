@@ -213,8 +213,8 @@ def test_both_loaders_make_the_same_batches_of_the_same_draws(image_root):
 def test_the_torch_loader_names_an_image_that_it_cannot_read(tmp_path, photos, damage):
     root = write(tmp_path, [crop(photos[0], 100, 100)])
     path = root / "val" / "a" / "00.png"
-    data = ImageData(root=str(root), image_size=64, threads=1, loader="torch")
+    data = ImageData(root=str(root), image_size=64, threads=1, loader="torch", on_bad_image="stop")
     path.unlink() if damage == "gone" else path.write_bytes(path.read_bytes()[: 0 if damage == "empty" else 500])
-    with pytest.raises(UserError, match=r"val/a/00\.png cannot be read") as error:
+    with pytest.raises(UserError, match=r"val/a/00\.png cannot be used") as error:
         next(iter(data.evaluation_batches(world())))
     assert "data.exclude" in error.value.fix

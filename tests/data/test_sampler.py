@@ -177,3 +177,20 @@ def test_a_sampler_of_windows_serves_every_image_once_on_any_number_of_ranks():
         samplers = [TrainSampler(p, 0, rank, shards=shards) for rank in range(world_size)]
         shown = [index for step in range(p.steps_per_epoch) for s in samplers for index in s[step].indices]
         assert shown == windowed_order(0, 0, shards)[:96].tolist()
+
+
+def test_what_stands_in_for_an_image_hangs_on_its_place_alone():
+    """Not on the cut into micro-batches, the ranks or the step that is begun at; another place draws others."""
+
+    def candidates(sampler, n, i):
+        return list(itertools.islice(sampler.candidates(n, i), 6))
+
+    alone = TrainSampler(plan(micro_batch=16, world_size=1), 3, 0)
+    found = {i: candidates(alone, 7, i) for i in range(16)}  # in the second epoch
+    for rank in range(2):
+        shared = TrainSampler(plan(), 3, rank, first_step=6)
+        for accumulated, i in itertools.product(range(2), range(4)):
+            assert candidates(shared, 2 + accumulated, i) == found[(2 * accumulated + rank) * 4 + i]
+    assert [first for first, *_ in found.values()] == alone[7].indices.tolist()
+    assert len({tuple(others) for _, *others in found.values()}) == 16
+    assert all(0 <= index < 100 for others in found.values() for index in others)

@@ -134,7 +134,7 @@ def crop_box(draws: Draws, i: int, height: int, width: int, ratio: Sequence[floa
     """
     side = np.sqrt(np.float32(height) * np.float32(width))
     heights, widths = (np.floor(side * sides[i] + np.float32(0.5)) for sides in (draws.height, draws.width))
-    fits = np.flatnonzero((heights <= height) & (widths <= width))
+    fits = np.flatnonzero((np.minimum(heights, widths) > 0) & (heights <= height) & (widths <= width))
     if len(fits):
         crop_height, crop_width = int(heights[fits[0]]), int(widths[fits[0]])
         room = (height - crop_height, width - crop_width)

@@ -10,22 +10,22 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from contextual_cnn.contracts import Batch
 from contextual_cnn.data.augmentation import ATTEMPTS, Augmentation, draw
+from contextual_cnn.data.bad_images import BadImages, blank_if_bad, first_usable
 from contextual_cnn.data.on_device import augment, normalise
 from contextual_cnn.data.randaugment.policy import fill_color
-from contextual_cnn.data.reader import BatchReader
 from contextual_cnn.data.sampler import TrainSampler, evaluation_batches
 from contextual_cnn.data.sources import ImageSource
 from contextual_cnn.errors import UserError
 
 try:
-    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali import Pipeline, fn, pipeline_def, types
     from nvidia.dali import math as dali_math
-    from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
+    from contextual_cnn.data.dali_feed import Feed
+    from contextual_cnn.data.dali_feed import batches as feed_batches
     from contextual_cnn.data.randaugment import dali_ops
 except ImportError as error:
     raise UserError(
@@ -38,12 +38,14 @@ except ImportError as error:
 # Types and dimensions of what the training source hands over
 _CROP_INPUTS = [(types.UINT8, 1), (types.INT64, 0), *[(types.FLOAT, 1)] * 3]  # encoded image, target, crop
 _FLIP_INPUT = (types.INT32, 0)
+_BLANK = np.frombuffer(b"P6 1 1 255\n\0\0\0", np.uint8)  # a black PPM, seen instead of an image that cannot be used
 
 
 def train_batches(
     images: ImageSource,
     sampler: TrainSampler,
     augmentation: Augmentation,
+    bad: BadImages,
     *,
     image_size: int,
     mean: Sequence[float],
@@ -60,29 +62,48 @@ def train_batches(
     """
     policy = augmentation.policy
     on_device = policy is not None and randaugment_on == "device"
-    reader = BatchReader(images, lambda number: sampler[number].indices)
+    executor = _executor(threads, prefetch, device)
 
-    def source(info) -> tuple:
-        batch = sampler[info.iteration]
-        draws = draw(augmentation, sampler.seed, batch)
-        crop = (reader[info.iteration], images.targets[batch.indices], draws.height, draws.width, draws.place)
-        if on_device:
-            return crop
-        return (*crop, draws.flip, *(dali_ops.inputs(draws.ops, image_size) if policy is not None else ()))
+    def decodes(encoded: list[np.ndarray], n: int, places: Sequence[int]) -> bool:
+        draws = draw(augmentation, sampler.seed, sampler[n])
+        crops = [numbers[list(places)] for numbers in (draws.height, draws.width, draws.place)]
+        pipeline = _crops_alone(
+            lambda: (encoded, *crops), ratio=augmentation.ratio, on=device.type, batch_size=len(encoded), **executor
+        )
+        return _runs(pipeline)
 
-    pipeline = _train_pipeline(
-        source,
-        ratio=augmentation.ratio,
-        image_size=image_size,
-        layers=policy.layers if policy is not None else 0,
-        fill=fill_color(mean),
-        interpolation=augmentation.interpolation,
-        normalisation=_normalise_arguments(mean, std) if not on_device else None,
-        on=device.type,
-        **_executor(sampler.plan.micro_batch, threads, prefetch, device),
+    feed = Feed(
+        images,
+        indices_of=lambda n: sampler[n].indices,
+        fill=lambda n, i, use: first_usable(sampler.candidates(n, i), use, bad.report),
+        decodes=decodes,
     )
-    batches = _iterate(pipeline, device)
-    return _finish_on_device(batches, sampler, augmentation, mean, std) if on_device else batches
+
+    def build(first: int) -> Pipeline:
+        def source(info) -> tuple:
+            n = first + info.iteration
+            draws = draw(augmentation, sampler.seed, sampler[n])
+            crop = (*feed[n], draws.height, draws.width, draws.place)
+            if on_device:
+                return crop
+            return (*crop, draws.flip, *(dali_ops.inputs(draws.ops, image_size) if policy is not None else ()))
+
+        return _train_pipeline(
+            source,
+            ratio=augmentation.ratio,
+            image_size=image_size,
+            layers=policy.layers if policy is not None else 0,
+            fill=fill_color(mean),
+            interpolation=augmentation.interpolation,
+            normalisation=_normalise_arguments(mean, std) if not on_device else None,
+            on=device.type,
+            batch_size=sampler.plan.micro_batch,
+            **executor,
+        )
+
+    for n, (batch, replaced) in enumerate(feed_batches(feed, build, device)):
+        bad.replaced += replaced
+        yield _finish_on_device(batch, n, sampler, augmentation, mean, std) if on_device else batch
 
 
 class EvaluationBatches:
@@ -94,6 +115,7 @@ class EvaluationBatches:
     def __init__(
         self,
         images: ImageSource,
+        bad: BadImages,
         *,
         rank: int,
         world_size: int,
@@ -112,25 +134,38 @@ class EvaluationBatches:
         if not shares:  # more ranks than images
             return
 
-        reader = BatchReader(images, lambda number: shares[number % len(shares)])
+        executor = _executor(threads, prefetch, device)
 
-        def source(info) -> tuple:
-            return reader[info.iteration], images.targets[shares[info.iteration % len(shares)]]
+        def indices_of(number: int) -> np.ndarray:
+            return shares[number % len(shares)]
 
-        pipeline = _evaluation_pipeline(
-            source,
-            image_size=image_size,
-            resize_size=int(image_size / crop_pct),
-            normalisation=_normalise_arguments(mean, std),
-            on=device.type,
-            **_executor(batch_size, threads, prefetch, device),
+        feed = Feed(
+            images,
+            indices_of=indices_of,
+            fill=lambda number, i, use: blank_if_bad(int(indices_of(number)[i]), use, _BLANK, bad.report),
+            decodes=lambda encoded, *_: _runs(
+                _decoder_alone(lambda: encoded, on=device.type, batch_size=len(encoded), **executor)
+            ),
         )
-        self._batches = _iterate(pipeline, device)
+
+        def build(first: int) -> Pipeline:
+            return _evaluation_pipeline(
+                lambda info: feed[first + info.iteration],
+                image_size=image_size,
+                resize_size=int(image_size / crop_pct),
+                normalisation=_normalise_arguments(mean, std),
+                on=device.type,
+                batch_size=batch_size,
+                **executor,
+            )
+
+        self._batches = feed_batches(feed, build, device)
 
     def __iter__(self) -> Iterator[Batch]:
         """One pass. It must be read to its end, or the next one starts in the middle."""
         for _ in range(self._batches_per_pass):
-            yield next(self._batches)
+            batch, _ = next(self._batches)
+            yield batch
 
 
 @pipeline_def(enable_conditionals=True)
@@ -157,16 +192,7 @@ def _train_pipeline(
         dtype=[dtype for dtype, _ in inputs],
         ndim=[ndim for _, ndim in inputs],
     )
-    anchor, shape = _random_crop(*_size_of(encoded), heights, widths, place, ratio)
-    images = fn.decoders.image_slice(
-        encoded,
-        anchor,
-        shape,
-        axis_names="HW",
-        normalized_anchor=False,
-        normalized_shape=False,
-        **_decoder_arguments(on),
-    )
+    images = _decode_crop(encoded, heights, widths, place, ratio, on)
     images = fn.resize(images, size=[image_size, image_size], interp_type=types.INTERP_CUBIC)
     if normalisation is not None:
         flip, *ops = drawn
@@ -179,17 +205,17 @@ def _train_pipeline(
 
 
 def _finish_on_device(
-    batches: Iterator[Batch],
+    batch: Batch,
+    n: int,
     sampler: TrainSampler,
     augmentation: Augmentation,
     mean: Sequence[float],
     std: Sequence[float],
-) -> Iterator[Batch]:
+) -> Batch:
     """uint8 images as they were cropped -> what the other pipeline gives, by torch on the images' device."""
-    for n, (images, targets) in enumerate(batches):
-        draws = draw(augmentation, sampler.seed, sampler[n])
-        images = augment(images, draws, fill=fill_color(mean), interpolation=augmentation.interpolation)
-        yield Batch(normalise(images, mean, std), targets)
+    draws = draw(augmentation, sampler.seed, sampler[n])
+    images = augment(batch.images, draws, fill=fill_color(mean), interpolation=augmentation.interpolation)
+    return Batch(normalise(images, mean, std), batch.targets)
 
 
 @pipeline_def
@@ -213,6 +239,48 @@ def _evaluation_pipeline(source: Callable, *, image_size: int, resize_size: int,
     return fn.crop_mirror_normalize(images, **normalisation), target
 
 
+@pipeline_def
+def _crops_alone(source: Callable, *, ratio: Sequence[float], on: str):
+    """What of the training's pipeline depends on an image's bytes."""
+    inputs = fn.external_source(
+        source,
+        num_outputs=4,
+        batch=True,
+        dtype=[types.UINT8, *[types.FLOAT] * 3],
+        ndim=[1] * 4,
+    )
+    return _decode_crop(*inputs, ratio, on)
+
+
+@pipeline_def
+def _decoder_alone(source: Callable, *, on: str):
+    """What of the evaluation's pipeline depends on an image's bytes."""
+    encoded = fn.external_source(source, batch=True, dtype=types.UINT8, ndim=1)
+    return fn.decoders.image(encoded, **_decoder_arguments(on)), fn.peek_image_shape(encoded, adjust_orientation=False)
+
+
+def _runs(pipeline: Pipeline) -> bool:
+    try:
+        pipeline.build()
+        pipeline.run()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _decode_crop(encoded, heights, widths, place, ratio: Sequence[float], on: str):
+    anchor, shape = _random_crop(*_size_of(encoded), heights, widths, place, ratio)
+    return fn.decoders.image_slice(
+        encoded,
+        anchor,
+        shape,
+        axis_names="HW",
+        normalized_anchor=False,
+        normalized_shape=False,
+        **_decoder_arguments(on),
+    )
+
+
 def _random_crop(height, width, heights, widths, place, ratio: Sequence[float]):
     """timm's RandomResizedCrop: the first of ten attempts that fits, else the largest central crop within `ratio`.
 
@@ -224,7 +292,9 @@ def _random_crop(height, width, heights, widths, place, ratio: Sequence[float]):
     """
     side = dali_math.sqrt(height * width)
     crop_heights, crop_widths = (dali_math.floor(side * sides + 0.5) for sides in (heights, widths))
-    fits = fn.cast((crop_heights <= height) & (crop_widths <= width), dtype=types.FLOAT)
+    # The smaller side is at least one pixel: 0 can come up in images of a few pixels only
+    fits = (dali_math.min(crop_heights, crop_widths) > 0.0) & (crop_heights <= height) & (crop_widths <= width)
+    fits = fn.cast(fits, dtype=types.FLOAT)
     # The earliest attempt that fits has the highest score, and no two attempts have the same
     score = fits * types.Constant(np.arange(ATTEMPTS, 0, -1, dtype=np.float32))
     best = fn.reductions.max(score, axes=0)
@@ -284,22 +354,10 @@ def _normalise_arguments(mean: Sequence[float], std: Sequence[float]) -> dict:
     )
 
 
-def _executor(batch_size: int, threads: int, prefetch: int, device: torch.device) -> dict:
+def _executor(threads: int, prefetch: int, device: torch.device) -> dict:
     return dict(
-        batch_size=batch_size,
         num_threads=threads,
         # None, not -1: the CPU pipelines need no driver
         device_id=device.index if device.type == "cuda" else None,
         prefetch_queue_depth=prefetch,
     )
-
-
-def _iterate(pipeline, device: torch.device) -> Iterator[Batch]:
-    """Endless batches on the device. The sources never stop, so DALI's own epoch arithmetic plays no part."""
-    iterator = DALIGenericIterator(
-        [pipeline], ["images", "targets"], size=-1, auto_reset=False, prepare_first_batch=False
-    )
-    for (output,) in iterator:
-        images: Tensor = output["images"].permute(0, 3, 1, 2)
-        targets: Tensor = output["targets"].view(-1).to(device, torch.int64, non_blocking=True)
-        yield Batch(images, targets)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from contextual_cnn.contracts import Batch
 from contextual_cnn.data.augmentation import Augmentation
+from contextual_cnn.data.bad_images import BadImages
 from contextual_cnn.data.sampler import BatchPlan, ShardWindows, TrainSampler
 from contextual_cnn.data.sources import ImageSource, Layout, find_layout, open_source, read_exclude_list
 from contextual_cnn.distributed import World
@@ -41,6 +42,9 @@ class ImageData:
         loader: "dali", or "torch" for machines without it: worker processes with PIL, to the same images but for
             resampling.
         randaugment_on: the "loader" augments, or torch the batch on its "device".
+        on_bad_image: "skip" names an image that cannot be read or decoded in the log, puts another in its place while
+            training and counts it as wrong in an evaluation; "stop" ends the run.
+        max_bad_images: different ones that a process may meet from its start on, training and evaluation together.
 
     Raises:
         UserError: what is not there, or not as it should be.
@@ -65,6 +69,8 @@ class ImageData:
         shuffle_shards: int | None = None,
         loader: Literal["dali", "torch"] = "dali",
         randaugment_on: Literal["loader", "device"] = "loader",
+        on_bad_image: Literal["skip", "stop"] = "skip",
+        max_bad_images: int = 100,
     ) -> None:
         if image_size < 32:
             raise UserError(
@@ -76,6 +82,8 @@ class ImageData:
         for key, value in (("repeats", repeats), ("shuffle_shards", shuffle_shards)):
             if value is not None and value < 1:
                 raise UserError(f"data.{key} must be 1 or more, got {value}", f"data.{key}=1")
+        if max_bad_images < 0:
+            raise UserError(f"data.max_bad_images is 0 or more, got {max_bad_images}", "data.max_bad_images=100")
         self.root = Path(root).expanduser().absolute()
         self.layout: Layout = find_layout(self.root, splits[0]) if layout == "auto" else layout
         if shuffle_shards is not None and "train" in splits and self.layout != "shards":
@@ -93,6 +101,7 @@ class ImageData:
         self._image = dict(image_size=image_size, mean=mean, std=std)
         self._threads, self._prefetch, self._randaugment_on = threads, prefetch, randaugment_on
         self._loader = loader
+        self.bad_images = BadImages(on_bad_image, max_bad_images)
 
     @property
     def num_classes(self) -> int:
@@ -120,6 +129,7 @@ class ImageData:
             source,
             sampler,
             augmentation,
+            self.bad_images,
             randaugment_on=self._randaugment_on,
             **self._image,
             **self._running_on(world),
@@ -129,6 +139,7 @@ class ImageData:
         """This rank's share of the val split, as often as it is iterated."""
         return self._loader_module().EvaluationBatches(
             self.sources["val"],
+            self.bad_images,
             rank=world.rank,
             world_size=world.size,
             batch_size=self.eval_batch_size,

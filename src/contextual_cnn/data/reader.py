@@ -1,55 +1,69 @@
 """The encoded bytes of batch after batch: a batch's images read at once, the next batch's while this one is decoded."""
 
-from collections.abc import Callable
+import errno
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
 
-import numpy as np
-
+from contextual_cnn.data.bad_images import BadImage
+from contextual_cnn.data.image_check import check_header, describe
 from contextual_cnn.data.sources import ImageSource
-from contextual_cnn.errors import UserError
 
 _READERS = 8  # reads at once: what hides the latency of a network file system; they cost nothing where there is none
+_TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENETDOWN, errno.EHOSTUNREACH}
+_WAITS = (0.2, 1.0, 5.0)  # seconds before a storage that does not answer is asked again
+
+Place = TypeVar("Place")
+Read = TypeVar("Read")
 
 
-class BatchReader:
-    """Reads numbered batches of a source, to be asked for one after the other.
+class BatchReader(Generic[Place, Read]):
+    """Reads numbered batches, to be asked for one after the other; an image that fails fails with its batch.
 
     Args:
-        indices_of: a batch's number -> the indices of its images; any number from 0 on.
+        places: a batch's number -> what is to be read for it; any number from 0 on.
+        read: (number, place within the batch, what is to be read there) -> what is handed over.
     """
 
-    def __init__(self, source: ImageSource, indices_of: Callable[[int], np.ndarray]) -> None:
-        self._source, self._indices_of = source, indices_of
+    def __init__(self, places: Callable[[int], Sequence[Place]], read: Callable[[int, int, Place], Read]) -> None:
+        self._places, self._read = places, read
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
         self._started: dict[int, list[Future]] = {}
 
-    def __getitem__(self, number: int) -> list[np.ndarray]:
-        """The batch's images, (bytes,) uint8 each. Raises UserError naming an image that cannot be read."""
+    def __getitem__(self, number: int) -> list[Read]:
         for wanted in (number, number + 1):
             if wanted not in self._started:
                 self._started[wanted] = [
-                    self._pool.submit(read_image, self._source, index) for index in self._indices_of(wanted)
+                    self._pool.submit(self._read, wanted, i, place) for i, place in enumerate(self._places(wanted))
                 ]
-        return [np.frombuffer(image.result(), np.uint8) for image in self._started.pop(number)]
+        return [image.result() for image in self._started.pop(number)]
+
+    def forget(self) -> None:
+        """Drops what has been read ahead."""
+        self._started.clear()
 
 
 def read_image(source: ImageSource, index: int) -> bytes:
-    """One encoded image. What is to happen where an image cannot be read is decided here.
+    """One encoded image that may be expected to decode.
 
     Raises:
-        UserError: naming the image.
+        BadImage: it cannot be read, or its first and last bytes tell that it cannot be decoded.
     """
     try:
-        encoded = source.read(index)
-    except OSError as error:
-        raise unreadable(source.name(index), error.strerror or str(error)) from error
-    if not encoded:
-        raise unreadable(source.name(index), "it is empty")
+        encoded = _read_patiently(source, index)
+        check_header(encoded)
+    except Exception as error:  # PIL raises anything about a header
+        raise BadImage(source.name(index), describe(error)) from error
     return encoded
 
 
-def unreadable(name: str, reason: str) -> UserError:
-    return UserError(
-        f"the image {name} cannot be read: {reason}",
-        "restore it; or list it in a file for data.exclude (scripts/check_data.py ROOT --write-exclude FILE)",
-    )
+def _read_patiently(source: ImageSource, index: int) -> bytes:
+    for wait in _WAITS:
+        try:
+            return source.read(index)
+        except OSError as error:
+            if error.errno not in _TRANSIENT:
+                raise
+        time.sleep(wait)
+    return source.read(index)

@@ -12,7 +12,8 @@ So one process with A = 4 and four with A = 1 see the same micro-batches.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import chain
 
 import numpy as np
 
@@ -120,6 +121,11 @@ class TrainSampler:
         self._repeats, self._shards = repeats, shards
         self._order = lru_cache(maxsize=2)(self._make_order)  # reading ahead looks into the next epoch
 
+    def __reduce__(self) -> tuple:
+        """For worker processes: a cache cannot be sent, and need not be."""
+        make = partial(TrainSampler, repeats=self._repeats, shards=self._shards)
+        return make, (self.plan, self.seed, self.rank, self.first_step)
+
     def __getitem__(self, n: int) -> MicroBatch:
         """The n-th micro-batch of this rank since `first_step`."""
         plan = self.plan
@@ -127,6 +133,11 @@ class TrainSampler:
         epoch, step_in_epoch = divmod(step, plan.steps_per_epoch)
         start = plan.micro_batch_number(step_in_epoch, accumulated, self.rank) * plan.micro_batch
         return MicroBatch(epoch, start, self._order(epoch)[start : start + plan.micro_batch])
+
+    def candidates(self, n: int, i: int) -> Iterator[int]:
+        """The image of the i-th place of the n-th micro-batch, then without end those that may stand in for it."""
+        batch = self[n]
+        return chain([int(batch.indices[i])], substitutes(self.seed, batch.epoch, batch.start + i, self.plan.images))
 
     def _make_order(self, epoch: int) -> np.ndarray:
         if self._shards is None:
@@ -141,6 +152,13 @@ class TrainSampler:
 def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
     """The permutation of an epoch, the same on every rank."""
     return generator(Purpose.EPOCH_ORDER, seed, epoch).permutation(images)
+
+
+def substitutes(seed: int, epoch: int, place: int, images: int) -> Iterator[int]:
+    """Images in random order, drawn for one place of an epoch; without end, so some come twice."""
+    draws = generator(Purpose.SUBSTITUTE, seed, epoch, place)
+    while True:
+        yield int(draws.integers(images))
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ collated.
 """
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import count
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +23,12 @@ from torchvision.io import decode_jpeg
 
 from contextual_cnn.contracts import Batch
 from contextual_cnn.data.augmentation import Augmentation, Draws, crop_box, draw
+from contextual_cnn.data.bad_images import COUNTS_AS_WRONG, BadImage, BadImages, blank_if_bad, first_usable
+from contextual_cnn.data.image_check import describe
 from contextual_cnn.data.on_device import augment, normalise
 from contextual_cnn.data.randaugment import pil_ops
 from contextual_cnn.data.randaugment.policy import Op, fill_color
-from contextual_cnn.data.reader import read_image, unreadable
+from contextual_cnn.data.reader import read_image
 from contextual_cnn.data.sampler import TrainSampler, evaluation_batches
 from contextual_cnn.data.sources import ImageSource
 from contextual_cnn.errors import UserError
@@ -34,6 +38,7 @@ def train_batches(
     images: ImageSource,
     sampler: TrainSampler,
     augmentation: Augmentation,
+    bad: BadImages,
     *,
     image_size: int,
     mean: Sequence[float],
@@ -46,21 +51,13 @@ def train_batches(
     """As `dali.train_batches`. threads: worker processes."""
     on_device = augmentation.policy is not None and randaugment_on == "device"
     fill = fill_color(mean)
-
-    def make(n: int) -> tuple[np.ndarray, np.ndarray]:
-        batch = sampler[n]
-        draws = draw(augmentation, sampler.seed, batch)
-        pixels = np.empty((len(batch.indices), image_size, image_size, 3), np.uint8)
-        for i, index in enumerate(batch.indices):
-            image = _crop(_decode(images, index), draws, i, augmentation, image_size)
-            pixels[i] = image if on_device else _augment(image, draws, i, augmentation, fill)
-        return pixels, images.targets[batch.indices]
-
+    make = partial(_make_training_batch, images, sampler, augmentation, image_size, None if on_device else fill)
     loader = _loader(make, count(), threads, prefetch, device)
-    for n, (pixels, targets) in enumerate(_on_device(loader, device)):
+    for n, (pixels, targets, replaced) in enumerate(_on_device(loader, bad, device)):
         if on_device:
             draws = draw(augmentation, sampler.seed, sampler[n])
             pixels = augment(pixels, draws, fill=fill, interpolation=augmentation.interpolation)
+        bad.replaced += replaced
         yield Batch(normalise(pixels, mean, std), targets)
 
 
@@ -70,6 +67,7 @@ class EvaluationBatches:
     def __init__(
         self,
         images: ImageSource,
+        bad: BadImages,
         *,
         rank: int,
         world_size: int,
@@ -86,71 +84,108 @@ class EvaluationBatches:
         shares = list(evaluation_batches(len(images), batch_size, rank, world_size))
         # For its prefetching loader timm leaves the normalisation to the device; so do we
         transform = create_transform(image_size, interpolation="bicubic", crop_pct=crop_pct, use_prefetcher=True)
-
-        def make(n: int) -> tuple[np.ndarray, np.ndarray]:
-            pixels = [
-                transform(Image.fromarray(_decode(images, index))).permute(1, 2, 0).numpy() for index in shares[n]
-            ]
-            return np.stack(pixels), images.targets[shares[n]]
-
-        self._mean, self._std, self._device = mean, std, device
+        make = partial(_make_evaluation_batch, images, shares, transform)
+        self._mean, self._std, self._device, self._bad = mean, std, device, bad
         self._loader = _loader(make, range(len(shares)), threads, prefetch, device)
 
     def __iter__(self) -> Iterator[Batch]:
         """One pass."""
-        for pixels, targets in _on_device(self._loader, self._device):
+        for pixels, targets, _ in _on_device(self._loader, self._bad, self._device):
             yield Batch(normalise(pixels, self._mean, self._std), targets)
 
 
-class _Made(Dataset):
-    """Whatever `make` gives for a number; a UserError is passed on as its two texts, which survive the process."""
+class _Made(NamedTuple):
+    """What a worker hands over. pixels: (B, H, W, 3) uint8. replaced: how many images took the places of others."""
 
-    def __init__(self, make: Callable[[int], tuple[np.ndarray, np.ndarray]]) -> None:
+    pixels: Tensor
+    targets: Tensor
+    reports: list[BadImage]
+    replaced: int = 0
+
+
+def _make_training_batch(
+    images: ImageSource,
+    sampler: TrainSampler,
+    augmentation: Augmentation,
+    size: int,
+    fill: tuple[int, ...] | None,
+    n: int,
+) -> _Made:
+    """Without `fill` the images are neither augmented nor flipped."""
+    batch, reports, replaced = sampler[n], [], 0
+    draws = draw(augmentation, sampler.seed, batch)
+    pixels = np.empty((len(batch.indices), size, size, 3), np.uint8)
+    targets = np.empty(len(batch.indices), np.int64)
+    for i, wanted in enumerate(batch.indices):
+        index, image = first_usable(sampler.candidates(n, i), partial(_decode, images), reports.append)
+        image = _crop(image, draws, i, augmentation, size)
+        pixels[i] = image if fill is None else _augment(image, draws, i, augmentation, fill)
+        targets[i] = images.targets[index]
+        replaced += int(index != wanted)
+    return _Made(torch.from_numpy(pixels), torch.from_numpy(targets), reports, replaced)
+
+
+def _make_evaluation_batch(images: ImageSource, shares: Sequence[np.ndarray], transform: Callable, n: int) -> _Made:
+    reports, blank = [], np.zeros((1, 1, 3), np.uint8)
+    taken = [blank_if_bad(int(index), partial(_decode, images), blank, reports.append) for index in shares[n]]
+    pixels = torch.stack([transform(Image.fromarray(image)).permute(1, 2, 0) for _, image in taken])
+    targets = [COUNTS_AS_WRONG if index is None else int(images.targets[index]) for index, _ in taken]
+    return _Made(pixels, torch.tensor(targets), reports)
+
+
+class _Numbered(Dataset):
+    """Whatever `make` gives for a number; a UserError is handed over, for DataLoader would rewrite it."""
+
+    def __init__(self, make: Callable[[int], _Made]) -> None:
         self._make = make
 
-    def __getitem__(self, n: int) -> tuple:
+    def __getitem__(self, n: int) -> _Made | UserError:
         try:
-            pixels, targets = self._make(n)
+            return self._make(n)
         except UserError as error:
-            return error.cause, error.fix
-        return torch.from_numpy(pixels), torch.from_numpy(targets)
+            return error
 
 
-def _loader(make: Callable, numbers, workers: int, prefetch: int, device: torch.device) -> DataLoader:
+def _loader(
+    make: Callable[[int], _Made], numbers: Iterable[int], workers: int, prefetch: int, device: torch.device
+) -> DataLoader:
+    # Forked from a server that has no threads: a worker forked from a process that has some (W&B, checkpoints) may
+    # wait for ever for a lock that one of them held
+    multiprocessing.set_forkserver_preload(["__main__", __name__])
     return DataLoader(
-        _Made(make),
+        _Numbered(make),
         sampler=numbers,
         batch_size=None,
         num_workers=workers,
         prefetch_factor=prefetch,
         persistent_workers=True,
-        multiprocessing_context="fork",  # what is to be made is a function here, which cannot be sent to a process
+        multiprocessing_context="forkserver",
         pin_memory=device.type == "cuda",
     )
 
 
-def _on_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """(B, 3, H, W) uint8 channels_last and (B,) int64."""
-    for pixels, targets in loader:
-        if isinstance(pixels, str):
-            raise UserError(pixels, targets)
-        yield pixels.to(device, non_blocking=True).permute(0, 3, 1, 2), targets.to(device, non_blocking=True)
+def _on_device(loader: DataLoader, bad: BadImages, device: torch.device) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """(B, 3, H, W) uint8 channels_last, (B,) int64, and how many images took the places of others."""
+    for made in loader:
+        if isinstance(made, UserError):
+            raise made
+        pixels, targets, reports, replaced = made
+        for report in reports:
+            bad.report(report)
+        pixels, targets = (tensor.to(device, non_blocking=True) for tensor in (pixels, targets))
+        yield pixels.permute(0, 3, 1, 2), targets, replaced
 
 
 def _decode(images: ImageSource, index: int) -> np.ndarray:
-    """(H, W, 3) uint8, PIL's pixels.
-
-    Raises:
-        UserError: naming the image.
-    """
+    """(H, W, 3) uint8, PIL's pixels. Raises BadImage."""
     encoded = read_image(images, index)
     try:
         image = Image.open(io.BytesIO(encoded))
         if image.format == "JPEG" and image.mode == "RGB":
             return _decode_jpeg(encoded)
         return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
-        raise unreadable(images.name(index), str(error)) from error
+    except Exception as error:  # a decoder raises anything from OSError to struct.error
+        raise BadImage(images.name(index), describe(error)) from error
 
 
 def _decode_jpeg(encoded: bytes) -> np.ndarray:
@@ -161,7 +196,7 @@ def _decode_jpeg(encoded: bytes) -> np.ndarray:
 def _crop(image: np.ndarray, draws: Draws, i: int, augmentation: Augmentation, size: int) -> np.ndarray:
     """(size, size, 3) uint8. torch's resampling of bytes is Pillow's in a third of the time, but for roundings."""
     top, left, height, width = crop_box(draws, i, *image.shape[:2], augmentation.ratio)
-    crop = np.ascontiguousarray(image[top : top + height, left : left + width])
+    crop = np.array(image[top : top + height, left : left + width])
     resized = interpolate(torch.from_numpy(crop).permute(2, 0, 1)[None], (size, size), mode="bicubic", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 

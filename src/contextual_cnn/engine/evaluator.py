@@ -37,7 +37,8 @@ def evaluate(
 
     Returns:
         By name: top1, top5, recall_stage1.. in percent, loss (cross-entropy of the final logits, over the images
-        whose class no stage has dropped), images, seconds and images_per_second of the whole pass.
+        whose class no stage has dropped), images, bad_images (of them; they count as wrong), seconds and
+        images_per_second of the whole pass.
 
     Raises:
         RuntimeError: the ranks together did not count exactly `images`.
@@ -56,6 +57,7 @@ def evaluate(
             logits = scores.logits[-1]
             sums[name].add(
                 images=len(batch.targets),
+                bad_images=(batch.targets < 0).sum(),
                 **_loss(logits, batch.targets),
                 **top_hits(logits, batch.targets),
                 **stage_hits(scores, batch.targets),
@@ -78,27 +80,38 @@ def staged_scores(model: nn.Module, images: torch.Tensor) -> StagedScores:
 
 
 def _loss(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Sum and number of the losses that are not infinite because the class has been dropped."""
-    considered = is_considered(logits).gather(1, targets.unsqueeze(1)).squeeze(1)
-    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    """Sum and number of the losses that are not infinite because the class has been dropped, bad images left out."""
+    classes = targets.clamp(min=0)  # a bad image has none
+    considered = is_considered(logits).gather(1, classes.unsqueeze(1)).squeeze(1) & (targets >= 0)
+    losses = F.cross_entropy(logits.float(), classes, reduction="none")
     return {"loss": losses.masked_fill(~considered, 0.0).sum(), "considered": considered.sum()}
 
 
 def _names(model: nn.Module) -> list[str]:
     """What is summed for a model; a rank may have no image at all."""
     shortlists = len(model.shortlist_sizes) if isinstance(model, ContextualModel) else 0
-    return ["images", "loss", "considered", "top1", "top5", *(f"recall_stage{i + 1}" for i in range(shortlists))]
+    return [
+        "images",
+        "bad_images",
+        "loss",
+        "considered",
+        "top1",
+        "top5",
+        *(f"recall_stage{i + 1}" for i in range(shortlists)),
+    ]
 
 
 def _report(total: dict[str, float], images: int, seconds: float) -> dict[str, float]:
     counted = int(total.pop("images"))
     if counted != images:
         raise RuntimeError(f"evaluation counted {counted} images of a split of {images}: a defect, please report it")
+    bad_images = int(total.pop("bad_images"))
     loss = total.pop("loss") / max(1.0, total.pop("considered"))
     shares = {name: 100 * count / images for name, count in total.items()}
     return shares | {
         "loss": loss,
         "images": images,
+        "bad_images": bad_images,
         "seconds": seconds,
         "images_per_second": images / seconds,
     }

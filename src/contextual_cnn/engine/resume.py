@@ -20,6 +20,8 @@ _FREE = (
     "data.threads",
     "data.prefetch",
     "data.eval_batch_size",
+    "data.on_bad_image",
+    "data.max_bad_images",
     "model.grad_checkpointing",
     "trainer.device",
     "trainer.micro_batch_size",

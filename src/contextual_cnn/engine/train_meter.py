@@ -50,6 +50,10 @@ class TrainMeter:
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * ~finite
         self._sums.add(steps=1, grad_norm=norm, skipped_steps=~finite)
 
+    def add_bad_images(self, replaced: int) -> None:
+        """Images of this rank that others stand in for, because they cannot be read or decoded."""
+        self._sums.add(bad_images=replaced)
+
     def read(self) -> tuple[dict[str, float], int]:
         """The metrics over all ranks since the last read, and the number of steps in a row that were skipped just now.
 
@@ -63,6 +67,7 @@ class TrainMeter:
         metrics = {
             "grad_norm": sums.pop("grad_norm") / steps,
             "skipped_steps": sums.pop("skipped_steps") / self._world.size,
+            "bad_images": sums.pop("bad_images"),
             "images_per_second": images / seconds,
             "data_wait": 100 * waited / seconds,
         }

@@ -223,6 +223,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.module, step=self.step + 1 if self.settings.ema_warmup else None)
         self.meter.add_step(norm, finite)
+        self.meter.add_bad_images(self.data.bad_images.take_replaced())
         self.step += 1
 
     def _augment(self, batch: Batch, step: int, accumulated: int) -> Batch:

@@ -1,0 +1,35 @@
+"""timm's own training transform of a recipe: what scripts hold our loader against."""
+
+from collections.abc import Callable, Sequence
+from unittest import mock
+
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+from contextual_cnn.data import Augmentation
+from contextual_cnn.data.randaugment.pil_ops import posterize
+
+# Pillow 13 refuses to keep no bits, which timm 1.0.31 asks for; older versions make a black image of it
+PILLOW_13_PATCH = {"PosterizeIncreasing": posterize}
+
+
+def timm_transform(
+    augmentation: Augmentation, image_size: int, mean: Sequence[float], std: Sequence[float]
+) -> Callable[[Image.Image], torch.Tensor]:
+    """RGB image -> (3, size, size) float32, normalised and erased; it draws from the global generators."""
+    with mock.patch.dict("timm.data.auto_augment.NAME_TO_OP", PILLOW_13_PATCH):
+        return create_transform(
+            image_size,
+            is_training=True,
+            scale=augmentation.scale,
+            ratio=augmentation.ratio,
+            hflip=augmentation.hflip,
+            color_jitter=augmentation.color_jitter or None,
+            auto_augment=augmentation.randaugment,
+            interpolation="bicubic",
+            mean=mean,
+            std=std,
+            re_prob=augmentation.erasing,
+            re_mode="pixel",
+        )

@@ -1,0 +1,105 @@
+"""What happens to an image that cannot be read or decoded: it is named, counted and replaced, or it ends the run.
+
+Whether an image is bad depends on its bytes (and on the part that is decoded), never on what was met before, and what
+stands in for it on its place in the epoch: so a resumed run and any number of processes see the same batches.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Literal, TypeVar
+
+from contextual_cnn.errors import UserError
+
+log = logging.getLogger(__name__)
+
+COUNTS_AS_WRONG = -1  # the target of a val image that cannot be used: no class, so that no answer is right
+_TRIES = 100  # substitutes for one image, before it looks as if there were none
+
+T = TypeVar("T")
+
+
+class BadImage(Exception):
+    """One image that cannot be used, and why."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name = name if name.isprintable() else ascii(name)
+        self.reason = reason
+
+
+class BadImages:
+    """The different images that this process could not use since it started. Threads may report at once.
+
+    Args:
+        policy: "skip" goes on until there are more than `limit` of them; "stop" ends with the first.
+
+    Attributes:
+        replaced: training images delivered in place of others.
+    """
+
+    def __init__(self, policy: Literal["skip", "stop"], limit: int) -> None:
+        self._policy, self._limit = policy, limit
+        self._names: set[str] = set()
+        self._lock = threading.Lock()
+        self.replaced = 0
+
+    def report(self, bad: BadImage) -> None:
+        """Names an image in the log, once.
+
+        Raises:
+            UserError: by the policy, or for one too many.
+        """
+        if self._policy == "stop":
+            raise UserError(f"the image {bad.name} cannot be used: {bad.reason}", f"restore it; {_FIX}")
+        with self._lock:
+            if bad.name in self._names:
+                return
+            self._names.add(bad.name)
+            count = len(self._names)
+        if count > self._limit:
+            raise UserError(
+                f"more than data.max_bad_images={self._limit} images cannot be used; the last is {bad.name}: "
+                f"{bad.reason}",
+                f"see to the disk; {_FIX}; or raise data.max_bad_images",
+            )
+        log.warning("the image %s cannot be used: %s (bad images so far: %d)", bad.name, bad.reason, count)
+
+    def take_replaced(self) -> int:
+        """`replaced` since the last call."""
+        replaced, self.replaced = self.replaced, 0
+        return replaced
+
+
+def first_usable(
+    candidates: Iterable[int], use: Callable[[int], T], report: Callable[[BadImage], None]
+) -> tuple[int, T]:
+    """The first image that `use` makes something of, and what it makes; those before it are reported.
+
+    Args:
+        use: raises BadImage.
+    """
+    for index in islice(candidates, _TRIES):
+        try:
+            return index, use(index)
+        except BadImage as bad:
+            report(bad)
+            last = bad
+    raise UserError(
+        f"{_TRIES} images in a row cannot be used; the last is {last.name}: {last.reason}", f"see to the disk; {_FIX}"
+    )
+
+
+def blank_if_bad(
+    index: int, use: Callable[[int], T], blank: T, report: Callable[[BadImage], None]
+) -> tuple[int | None, T]:
+    """An image of an evaluation, which counts every image: if it cannot be used, a blank takes its place."""
+    try:
+        return index, use(index)
+    except BadImage as bad:
+        report(bad)
+        return None, blank
+
+
+_FIX = "list bad images in a file for data.exclude (scripts/check_data.py ROOT --write-exclude FILE)"
