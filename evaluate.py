@@ -185,7 +185,7 @@ def _table(name: str, report: dict[str, Any]) -> Table:
         table.add_row(f"top-1 by ReaL, {report['real_images']} images with a label", f"{report['real_top1']:.2f} %")
         table.add_row("its 95 % confidence interval", _spell(report["real_top1_interval"]))
     table.add_row("cross-entropy", f"{report['loss']:.4f}")
-    table.add_row("calibration error, 15 bins", f"{report['calibration_error']:.2f} %")
+    table.add_row("calibration error (ECE, 15 bins)", f"{report['calibration_error']:.2f} %")
     table.add_row("classes to choose from", f"{report['classes']}")
     table.add_row("images, each counted once", f"{report['images']}")
     table.add_row("images/s", f"{report['images_per_second']:.0f}")

@@ -44,7 +44,8 @@ def test_the_predictions_are_complete_and_make_the_report_at_1_and_2_processes(t
     assert report["top1_interval"] == pytest.approx([100 * end for end in wilson_interval(hits, 18)])
     assert report["classes"] == 6
     assert 0 < report["calibration_error"] < 100
-    assert "calibration error, 15 bins" in printed
+    assert "calibration error (ECE, 15 bins)" in printed
+    assert "Warning" not in printed
     for row in rows:
         probabilities = [float(row[f"probability{i}"]) for i in range(1, 6)]
         assert probabilities == sorted(probabilities, reverse=True)

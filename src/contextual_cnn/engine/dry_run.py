@@ -5,6 +5,7 @@ dry_run.json and lr_schedule.png are written, and no checkpoint, metric or lock 
 """
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -187,7 +188,7 @@ def _table(trainer: Trainer, forecast: Forecast) -> Table:
         "learning rate": f"{rates[0][1]:.3g} -> {peak:.3g} at step {top} -> {rates[-1][1]:.3g} (lr_schedule.png)",
         "model": f"{f.model}: {describe(trainer.module)}",
         "loss of the measured steps": f"{f.loss:.4f}",
-        "memory of a process, at most": f"{_gib(f.peak_memory)} of {_gib(f.memory)} ({f.device})",
+        "peak memory of a process, training": f"{_gib(f.peak_memory)} of {_gib(f.memory)} ({f.device})",
         "speed": f"{f.seconds_per_step:.3g} s a step, {f.images_per_second:.1f} images/s, "
         f"{f.data_wait:.0f} % of it waiting for data ({f.measured_steps} after one to warm up)",
         "whole run at that speed": f"{_duration(f.seconds_left)}, evaluations not included",
@@ -195,7 +196,8 @@ def _table(trainer: Trainer, forecast: Forecast) -> Table:
         "room on the disk": f"{_gib(f.disk_needed)} needed, {_gib(f.disk_free)} free",
     }  # fmt: skip
     alarming = {
-        "memory of a process, at most": f.peak_memory > 0.95 * f.memory,
+        "loss of the measured steps": not math.isfinite(f.loss),
+        "peak memory of a process, training": f.peak_memory > 0.95 * f.memory,
         "speed": f.data_wait > 10,
         "room on the disk": f.disk_needed > f.disk_free,
     }

@@ -34,6 +34,7 @@ def expected_calibration_error(confidences: Tensor, hits: Tensor, bins: int = 15
         hits: (N,) bool.
     """
     edges = torch.arange(1, bins, dtype=torch.float64) / bins
-    bin_of = torch.bucketize(confidences.double(), edges)
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, bin_of, hits.double() - confidences.double())
+    confidences = confidences.double().contiguous()  # a column of a table is not, and bucketize would warn
+    bin_of = torch.bucketize(confidences, edges)
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, bin_of, hits.double() - confidences)
     return (gaps.abs().sum() / len(hits)).item()

@@ -47,5 +47,6 @@ def _targets(root: Path, names: list[str], classes: tuple[str, ...]) -> dict[str
         return numbers
     raise UserError(
         f"data.root: {root} has folders that are none of the model's {len(classes)} classes: {', '.join(unknown[:3])}",
-        f"they must be named like {classes[0]}, or by the number of the class, from 0 to {len(classes) - 1}",
+        f"data.root=ROOT of ROOT/val/CLASS/IMAGE.jpg; or folders named like {classes[0]}, or by the class's number, "
+        f"0 to {len(classes) - 1}",
     )
