@@ -1,31 +1,43 @@
 """Evaluates a checkpoint: python evaluate.py checkpoint=outputs/NAME [data.root=/path/to/imagenet]
 
 Model and data are those of the checkpoint's own config. Every image is counted once, at any number of processes.
+data.root may also be the folder of ImageNet-A, -R, -V2 or -Sketch (class folders without train/ and val/): a model's
+prediction is then made among the classes that are there, as those benchmarks do.
 """
 
 import json
+import logging
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
 import hydra
+import torch
 from omegaconf import DictConfig
 from rich.table import Table
+from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from contextual_cnn import cli
 from contextual_cnn.cli import Group
 from contextual_cnn.data import ImageData
-from contextual_cnn.distributed import process_group
+from contextual_cnn.data.sources import ImageSource
+from contextual_cnn.distributed import World, process_group
 from contextual_cnn.engine.evaluator import evaluate
+from contextual_cnn.engine.predictions import Predictions, PredictionTable, check_writable, write_predictions
+from contextual_cnn.engine.real_labels import RealAccuracy, read_real_labels, real_accuracy
+from contextual_cnn.engine.reliability import expected_calibration_error, wilson_interval
 from contextual_cnn.engine.run_folder import start_logging
 from contextual_cnn.engine.trainer import TrainerSettings
 from contextual_cnn.trained import load_model
+
+log = logging.getLogger("contextual_cnn.evaluate")
 
 
 def data_overrides(
     *,
     root: str | None = None,
-    layout: Literal["auto", "folders", "list", "shards"] | None = None,
+    layout: Literal["auto", "folders", "list", "shards", "benchmark"] | None = None,
     exclude: str | None = None,
     image_size: int | None = None,
     crop_pct: float | None = None,
@@ -42,6 +54,8 @@ SCHEMA = {
     "weights": Literal["auto", "raw", "ema"],
     "device": Literal["auto", "cuda", "cpu"],
     "precision": Literal["auto", "bf16", "fp32"],
+    "real_labels": str | None,
+    "predictions": str | None,
     "data": Group(data_overrides),
 }
 
@@ -55,26 +69,88 @@ def main(hydra_config: DictConfig) -> None:
     config = cli.read_config(hydra_config, SCHEMA)
     trained = load_model(config["checkpoint"], config["weights"], data_overrides(**config["data"]))
     data = ImageData(("val",), trained.classes, **trained.config["data"])
+    source = data.sources["val"]
+    csv, real_labels = _file(config["predictions"]), _file(config["real_labels"])
+    if csv is not None:
+        check_writable(csv)
+    labels = read_real_labels(real_labels, source) if real_labels is not None else None
 
     with process_group(config["device"]) as world:
         console = start_logging(world.is_main)
         data.log_summary()
-        model = trained.model.to(world.device)
-        batches = data.evaluation_batches(world)
         autocast = TrainerSettings(precision=config["precision"]).autocast(world.device)
-        report = evaluate({trained.weights: model}, batches, batches.images, world, autocast)[trained.weights]
+        report, predictions = _evaluate(trained.model.to(world.device), data, world, autocast)
         if not world.is_main:
             return
-        recalls = [report.pop(name) for name in sorted(report) if name.startswith("recall_stage")]
+        report |= _reliability(predictions, source)
+        if labels is not None:
+            report |= _real_report(real_accuracy(labels, predictions))
         report |= {
-            "stage_recall": recalls,
             "weights": trained.weights,
             "checkpoint": str(trained.path),
+            "data": str(data.root),
             "step": trained.step,
         }
         _write_json(trained.path.parent, report)
         console.print(_table(trained.config["model"]["name"], report))
         print(f"top-1 {report['top1']:.2f}")
+        if csv is not None:
+            write_predictions(csv, predictions, source)
+
+
+def _evaluate(
+    model: nn.Module, data: ImageData, world: World, autocast: AbstractContextManager
+) -> tuple[dict[str, Any], Predictions]:
+    """One pass over all ranks: its counts, and the predictions for each image."""
+    present = _classes_to_choose_from(data)
+    batches = data.evaluation_batches(world)
+    table = PredictionTable(batches.images, int(present.sum()), world)
+    report = evaluate(
+        {"model": model},
+        batches,
+        batches.images,
+        world,
+        autocast,
+        among=None if present.all() else present.to(world.device),
+        observe=lambda _, targets, logits: table.add(targets, logits),
+    )["model"]
+    recalls = [report.pop(name) for name in sorted(report) if name.startswith("recall_stage")]
+    return report | {"stage_recall": recalls, "classes": int(present.sum())}, table.gather()
+
+
+def _classes_to_choose_from(data: ImageData) -> torch.Tensor:
+    """(N,) bool: all classes; of a benchmark those that it has. Says what is unusual about it."""
+    source = data.sources["val"]
+    if data.layout != "benchmark":
+        return torch.ones(data.num_classes, dtype=torch.bool)
+    present = torch.zeros(data.num_classes, dtype=torch.bool)
+    present[torch.from_numpy(source.targets)] = True
+    if not present.all():
+        log.info("%d of the %d classes are there: predictions are made among these", present.sum(), len(present))
+    folder, name = Path(source.name(0)).parent.name, data.classes[source.targets[0]]
+    if folder != name:
+        log.info("the class folders are numbers: %s is %s, and so on in the training's order", folder, name)
+    return present
+
+
+def _file(given: str | None) -> Path | None:
+    return Path(given).expanduser() if given is not None else None
+
+
+def _reliability(predictions: Predictions, source: ImageSource) -> dict[str, Any]:
+    """All in percent."""
+    hits = predictions.classes[:, 0] == torch.from_numpy(source.targets)
+    interval = wilson_interval(int(hits.sum()), len(hits))
+    error = expected_calibration_error(predictions.probabilities[:, 0], hits)
+    return {"top1_interval": [100 * end for end in interval], "calibration_error": 100 * error}
+
+
+def _real_report(real: RealAccuracy) -> dict[str, Any]:
+    return {
+        "real_top1": 100 * real.hits / real.images,
+        "real_top1_interval": [100 * end for end in wilson_interval(real.hits, real.images)],
+        "real_images": real.images,
+    }
 
 
 def _write_json(folder: Path, report: dict[str, Any]) -> None:
@@ -89,15 +165,25 @@ def _table(name: str, report: dict[str, Any]) -> Table:
     table.add_column("measure")
     table.add_column("value", justify="right")
     table.add_row("top-1", f"{report['top1']:.2f} %")
+    table.add_row("its 95 % confidence interval", _spell(report["top1_interval"]))
     table.add_row("top-5", f"{report['top5']:.2f} %")
     for i, recall in enumerate(report["stage_recall"], start=1):
         table.add_row(f"true class on the shortlist after stage {i}", f"{recall:.2f} %")
+    if "real_top1" in report:
+        table.add_row(f"top-1 by ReaL, {report['real_images']} images with a label", f"{report['real_top1']:.2f} %")
+        table.add_row("its 95 % confidence interval", _spell(report["real_top1_interval"]))
     table.add_row("cross-entropy", f"{report['loss']:.4f}")
+    table.add_row("calibration error (ECE, 15 bins)", f"{report['calibration_error']:.2f} %")
+    table.add_row("classes to choose from", f"{report['classes']}")
     table.add_row("images, each counted once", f"{report['images']}")
     if report["bad_images"]:
         table.add_row("of them bad, counted as wrong", f"{report['bad_images']}")
     table.add_row("images/s", f"{report['images_per_second']:.0f}")
     return table
+
+
+def _spell(interval: list[float]) -> str:
+    return f"{interval[0]:.2f} .. {interval[1]:.2f} %"
 
 
 if __name__ == "__main__":

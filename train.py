@@ -11,16 +11,19 @@ from typing import Any, Literal
 import hydra
 import torch
 from omegaconf import DictConfig
+from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from contextual_cnn import cli
 from contextual_cnn.analysis.curves import plot_curves
+from contextual_cnn.analysis.schedule import plot_schedule
 from contextual_cnn.cli import Group
 from contextual_cnn.data import Augmentation, ImageData
 from contextual_cnn.data.sampler import BatchPlan
 from contextual_cnn.distributed import World, barrier, process_group, world_size
 from contextual_cnn.engine.agreement import check_agreement, digest_code, digest_config, digest_listing
 from contextual_cnn.engine.checkpoint_store import CheckpointStore
+from contextual_cnn.engine.dry_run import learning_rates, rehearse, report
 from contextual_cnn.engine.loggers import NullLogger, open_loggers, read_metrics
 from contextual_cnn.engine.resume import load_newest
 from contextual_cnn.engine.run_folder import RunFolder, start_logging
@@ -99,7 +102,7 @@ def train(
     schedule = build_schedule(optimizer, plan.steps_per_epoch, **config["schedule"])
 
     run = RunFolder(Path(config["output_dir"]) / config["run_name"])
-    if world.is_main:
+    if world.is_main and not settings.dry_run:
         run.claim()
     barrier()  # nobody reads before rank 0 is the only one who may write
     store = CheckpointStore(run.checkpoints, **config["checkpoint"])
@@ -129,6 +132,9 @@ def train(
             trainer.step,
             trainer.best["top1"],
         )
+        return True
+    if settings.dry_run:
+        _dry_run(trainer, run, console)
         return True
 
     logger = NullLogger()
@@ -166,6 +172,13 @@ def train(
             run.path,
         )
     return True
+
+
+def _dry_run(trainer: Trainer, run: RunFolder, console: Console) -> None:
+    forecast = rehearse(trainer, run.path)
+    if trainer.world.is_main:
+        report(trainer, forecast, run.path, console)
+        plot_schedule(learning_rates(trainer), forecast.steps_per_epoch, run.lr_schedule, run.path.name)
 
 
 def _num_classes(config: dict[str, Any], data: ImageData) -> int:

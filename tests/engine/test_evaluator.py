@@ -1,6 +1,7 @@
 """Evaluation counts; it does not average averages."""
 
 import contextlib
+import math
 
 import pytest
 import torch
@@ -62,6 +63,34 @@ def test_models_return_in_their_mode_and_without_images_nothing_breaks():
     model = build_model(name="convnext_atto", num_classes=3).train()
     evaluate({"raw": model}, batches((2,), 3), 2, WORLD, contextlib.nullcontext())
     assert model.training
+
+
+def test_a_prediction_among_some_of_the_classes_by_hand():
+    """As ImageNet-A and -R are evaluated: the best of the classes that are there, whatever the others' scores."""
+    model = build_model(name="contextual_convnext_atto", num_classes=10)
+    subset = [7, 2, 4]
+    (batch,) = (Batch(torch.randn(30, 3, 32, 32), torch.tensor(subset * 10)),)
+    among, observed = torch.zeros(10, dtype=torch.bool), []
+    among[subset] = True
+    report = evaluate(
+        {"raw": model}, [batch], 30, WORLD, contextlib.nullcontext(), among=among,
+        observe=lambda name, targets, logits: observed.append((name, logits)),
+    )["raw"]  # fmt: skip
+    with torch.no_grad():
+        logits = model.eval()(batch.images)
+    hits, losses = 0, []
+    for scores, target in zip(logits.tolist(), batch.targets.tolist(), strict=True):
+        hits += max(subset, key=lambda c: scores[c]) == target
+        total = sum(math.exp(scores[c]) for c in subset)
+        losses.append(-math.log(math.exp(scores[target]) / total))
+    assert report["top1"] == pytest.approx(100 * hits / 30)
+    assert report["top1"] != pytest.approx(100 * (logits.argmax(1) == batch.targets).float().mean().item())
+    assert report["top5"] == 100  # of three
+    assert report["loss"] == pytest.approx(sum(losses) / 30, rel=1e-4)
+    ((name, seen),) = observed
+    assert name == "raw"
+    assert (seen[:, ~among] == -torch.inf).all()
+    assert torch.equal(seen[:, among], logits[:, among])
 
 
 def test_hits():

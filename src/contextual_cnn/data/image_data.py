@@ -28,7 +28,8 @@ class ImageData:
 
     Args:
         root: the folder with train/ and val/, or train.txt and val.txt.
-        layout: class folders, a list file, or tar shards; "auto" looks which it is.
+        layout: class folders, a list file, tar shards, or, to evaluate on, class folders without splits ("benchmark");
+            "auto" looks which it is.
         exclude: a file with the names of images to leave out, or None.
         image_size: side of the model's input, in pixels.
         crop_pct: evaluation resizes the shorter side to image_size / crop_pct, then crops the centre.
@@ -56,7 +57,7 @@ class ImageData:
         classes: tuple[str, ...] | None = None,
         *,
         root: str,
-        layout: Literal["auto", "folders", "list", "shards"] = "auto",
+        layout: Literal["auto", "folders", "list", "shards", "benchmark"] = "auto",
         exclude: str | None = None,
         image_size: int = 224,
         crop_pct: float = 0.875,
@@ -109,7 +110,12 @@ class ImageData:
 
     def log_summary(self) -> None:
         """Says what was found, once logging has started."""
-        kind = {"folders": "class folders", "list": "list files", "shards": "tar shards"}[self.layout]
+        kind = {
+            "folders": "class folders",
+            "list": "list files",
+            "shards": "tar shards",
+            "benchmark": "class folders without splits",
+        }[self.layout]
         counts = ", ".join(f"{split} {len(source)} images" for split, source in self.sources.items())
         log.info("%s: %s, %d classes, %s, %d left out", self.root, kind, self.num_classes, counts, len(self._left_out))
         # names of a split that is not open now are no mistake

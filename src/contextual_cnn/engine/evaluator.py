@@ -26,6 +26,9 @@ def evaluate(
     world: World,
     autocast: AbstractContextManager,
     should_stop: Callable[[], bool] = lambda: False,
+    *,
+    among: torch.Tensor | None = None,
+    observe: Callable[[str, torch.Tensor, torch.Tensor], None] = lambda name, targets, logits: None,
 ) -> dict[str, dict[str, float]]:
     """Several sets of weights (raw, EMA) over one pass of the data.
 
@@ -34,6 +37,10 @@ def evaluate(
         batches: this rank's share.
         images: of the whole split.
         should_stop: looked at after each batch.
+        among: (N,) bool, the classes that the final prediction is made among; None is all. The shortlists of the
+            stages are the model's own in any case.
+        observe: called with a model's name, the targets (B,) and the final logits (B, N) of each batch, in the share's
+            order.
 
     Returns:
         By name: top1, top5, recall_stage1.. in percent, loss (cross-entropy of the final logits, over the images
@@ -55,6 +62,9 @@ def evaluate(
             with autocast:
                 scores = staged_scores(model, batch.images)
             logits = scores.logits[-1]
+            if among is not None:
+                logits = logits.masked_fill(~among, -torch.inf)
+            observe(name, batch.targets, logits)
             sums[name].add(
                 images=len(batch.targets),
                 bad_images=(batch.targets < 0).sum(),

@@ -34,6 +34,7 @@ _FREE = (
     "trainer.log_every",
     "trainer.eval_every",
     "trainer.timeout_minutes",
+    "trainer.dry_run",
     "checkpoint.",
     "logger.",
 )

@@ -32,6 +32,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.curves = path / "curves.png"
+        self.lr_schedule = path / "lr_schedule.png"
         self._lock: int | None = None
 
     def claim(self, patience: float = 30) -> None:

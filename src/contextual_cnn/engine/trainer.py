@@ -61,6 +61,7 @@ class TrainerSettings:
         which is when metrics are logged.
     max_skipped_steps: see on_nonfinite.
     timeout_minutes: how long a process waits for one that does not answer.
+    dry_run: takes a few steps, tells what the whole run will need, and leaves everything as it was.
     """
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -79,6 +80,7 @@ class TrainerSettings:
     log_every: int = 50
     eval_every: int = 1
     timeout_minutes: float = 10
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         for key in ("log_every", "eval_every", "max_skipped_steps", "max_steps"):
@@ -175,7 +177,7 @@ class Trainer:
                     stopping = not self._end_epoch(val_batches, logger, request)
                 if stopping or self.is_complete:
                     break
-                self._train_step(batches)
+                self.train_step(batches)
                 progress.advance(self.step)
                 stopping = any_rank(request.reason is not None)
                 if stopping or self._owes_epoch_end or self.step % self.settings.log_every == 0:
@@ -206,7 +208,7 @@ class Trainer:
         """Whether the weights look like something to go back to: a rollback must not end where it began."""
         return not self._skipping and self.step - self._rolled_back_at > self.settings.max_skipped_steps
 
-    def _train_step(self, batches: Iterator[Batch]) -> None:
+    def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step: accumulate, guard, step, average."""
         self.schedule.step_update(self.step)
         self.optimizer.zero_grad(set_to_none=True)

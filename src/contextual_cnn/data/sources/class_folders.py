@@ -1,6 +1,7 @@
 """Class folders, ImageNet's layout: ROOT/train/CLASS/IMAGE and ROOT/val/CLASS/IMAGE."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def open_class_folders(root: Path, split: str, classes: tuple[str, ...] | None =
     """
     folder = root / split
     if not folder.is_dir():
-        raise UserError(f"data.root: looked for the folder {folder}, found {_describe(root)}", _LAYOUT)
+        raise UserError(f"data.root: looked for the folder {folder}, found {describe_folder(root)}", _LAYOUT)
     found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not found:
         hint = (
@@ -36,21 +37,33 @@ def open_class_folders(root: Path, split: str, classes: tuple[str, ...] | None =
             if _images_in(folder)
             else _LAYOUT
         )
-        raise UserError(f"data.root: {folder} has no class folders, found {_describe(folder)}", hint)
+        raise UserError(f"data.root: {folder} has no class folders, found {describe_folder(folder)}", hint)
     if classes is not None and set(found) != set(classes):
         raise UserError(
             f"data.root: {folder} has {len(found)} classes, expected {len(classes)}; {_difference(found, classes)}",
             "every split needs the same class folders as the model was trained on",
         )
     classes = classes if classes is not None else tuple(found)
+    return list_class_folders(root, {f"{split}/{name}": target for target, name in enumerate(classes)}, classes)
+
+
+def list_class_folders(root: Path, folders: Mapping[str, int], classes: tuple[str, ...]) -> ImageFiles:
+    """The images of each folder by name, folder after folder.
+
+    Args:
+        folders: path below the root -> position in `classes`.
+
+    Raises:
+        UserError: a folder has no image.
+    """
     paths: list[str] = []
     targets: list[int] = []
-    for target, name in enumerate(classes):
-        images = _images_in(folder / name)
+    for folder, target in folders.items():
+        images = _images_in(root / folder)
         if not images:
             # An empty class would shift no label here, but it is always a broken copy
-            raise UserError(f"data.root: class folder {folder / name} has no images", "restore or remove the folder")
-        paths += [f"{split}/{name}/{image}" for image in images]
+            raise UserError(f"data.root: class folder {root / folder} has no images", "restore or remove the folder")
+        paths += [f"{folder}/{image}" for image in images]
         targets += [target] * len(images)
     return ImageFiles(root, classes, tuple(paths), np.array(targets, dtype=np.int64))
 
@@ -63,7 +76,8 @@ def _images_in(folder: Path) -> list[str]:
     )
 
 
-def _describe(folder: Path) -> str:
+def describe_folder(folder: Path) -> str:
+    """What is there instead of what was looked for."""
     if not folder.exists():
         return f"that {folder} does not exist"
     if not folder.is_dir():

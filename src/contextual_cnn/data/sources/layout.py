@@ -4,15 +4,21 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from contextual_cnn.data.sources.benchmark_folders import open_benchmark_folders
 from contextual_cnn.data.sources.class_folders import open_class_folders
 from contextual_cnn.data.sources.file_list import open_file_list
 from contextual_cnn.data.sources.source import ImageSource
 from contextual_cnn.data.sources.tar_shards import open_tar_shards, shards_of
 from contextual_cnn.errors import UserError
 
-Layout = Literal["folders", "list", "shards"]
+Layout = Literal["folders", "list", "shards", "benchmark"]
 
-_OPEN = {"folders": open_class_folders, "list": open_file_list, "shards": open_tar_shards}
+_OPEN = {
+    "folders": open_class_folders,
+    "list": open_file_list,
+    "shards": open_tar_shards,
+    "benchmark": open_benchmark_folders,
+}
 
 
 def find_layout(root: Path, split: str) -> Layout:
@@ -31,6 +37,8 @@ def find_layout(root: Path, split: str) -> Layout:
         raise UserError(
             f"data.root: {root} has {split} as {' and as '.join(layouts)}", f"data.layout={layouts[0]}, or another root"
         )
+    if not layouts and split == "val" and _has_folders(root) and not (root / "train").exists():
+        return "benchmark"  # never to train on, where a missing train/ is a mistake
     return layouts[0] if layouts else "folders"
 
 

@@ -1,0 +1,84 @@
+"""scripts/slurm/train.sbatch: bash understands it, and it does its part, with stand-ins for SLURM's two commands."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from contextual_cnn.engine.loggers import read_metrics
+from tests.conftest import ROOT, small_run
+
+SCRIPTS = ["scripts/slurm/train.sbatch", "scripts/launch.sh"]
+
+# One node called localhost; srun runs the command here, and passes signals on as SLURM's does
+STAND_INS = {
+    "scontrol": 'case "$1" in show) echo localhost; echo node2;; requeue) echo "$2" >"$REQUEUED";; esac\n',
+    "srun": 'shift\n"$@" & task=$!\ntrap "kill -USR1 $task" USR1\nwait $task; status=$?\n'
+    "while kill -0 $task 2>/dev/null; do wait $task; status=$?; done\nexit $status\n",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_bash_understands_it(script):
+    subprocess.run(["bash", "-n", script], cwd=ROOT, check=True)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shellcheck_finds_nothing(script):
+    done = subprocess.run(["shellcheck", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """What SLURM would set, and its commands' stand-ins first in PATH."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, text in STAND_INS.items():
+        (commands / name).write_text(f"#!/usr/bin/env bash\n{text}")
+        (commands / name).chmod(0o755)
+    return {
+        **os.environ,
+        "PATH": f"{commands}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PROCESSES_PER_NODE": "1",
+        "REQUEUED": str(tmp_path / "requeued"),
+        "SLURM_JOB_ID": "4711",
+        "SLURM_NNODES": "1",
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+    }
+
+
+def start(environment, tmp_path, *arguments):
+    with (tmp_path / "output").open("w") as output:
+        return subprocess.Popen(
+            ["bash", "scripts/slurm/train.sbatch", *arguments],
+            cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+
+def test_the_signal_before_the_end_saves_and_requeues(environment, image_root, tmp_path):
+    _, *overrides = small_run(image_root, tmp_path, "schedule.epochs=100")
+    job = start(environment, tmp_path, *overrides)
+    deadline = time.monotonic() + 120
+    while not read_metrics(tmp_path / "run" / "metrics.jsonl"):
+        assert time.monotonic() < deadline, (tmp_path / "output").read_text()
+        time.sleep(0.05)
+    os.kill(job.pid, signal.SIGUSR1)
+    assert job.wait(60) == 75, (tmp_path / "output").read_text()
+    assert "SIGUSR1 received; saved in" in (tmp_path / "output").read_text()
+    assert (tmp_path / "requeued").read_text() == "4711\n"
+
+
+def test_a_mistake_is_not_requeued(environment, tmp_path):
+    job = start(environment, tmp_path, "optimizer.lrr=1")
+    assert job.wait(60) == 2, (tmp_path / "output").read_text()
+    assert not (tmp_path / "requeued").exists()

@@ -1,0 +1,107 @@
+"""evaluate.py beyond top-1, by its real command: predictions, benchmarks' folders, ReaL's labels."""
+
+import csv
+import json
+import shutil
+
+import pytest
+
+from contextual_cnn.engine.reliability import wilson_interval
+from tests.conftest import small_run, torchrun
+from tests.quick_start import run
+
+
+@pytest.fixture(scope="module")
+def trained(image_root, tmp_path_factory):
+    """The folder of a run of two steps, of six classes: far from perfect, and not indifferent."""
+    folder = tmp_path_factory.mktemp("trained")
+    arguments = small_run(image_root, folder, "trainer.max_steps=2", "optimizer.lr=0.01")
+    status, printed = run(*arguments, output=folder / "output")
+    assert status == 0, printed
+    return folder / "run"
+
+
+def evaluate(trained, tmp_path, *overrides):
+    """The report, and what was printed."""
+    command = ["evaluate.py", f"checkpoint={trained}", "device=cpu", "weights=raw", *overrides]
+    status, printed = run(*command, output=tmp_path / "output", COLUMNS="150")
+    assert status == 0, printed
+    return json.loads((trained / "checkpoints" / "evaluation.json").read_text()), printed
+
+
+def read_csv(file):
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_the_predictions_are_complete_and_make_the_report_at_1_and_2_processes(trained, image_root, tmp_path):
+    report, printed = evaluate(trained, tmp_path, f"predictions={tmp_path}/alone.csv")
+    rows = read_csv(tmp_path / "alone.csv")
+    assert [row["name"] for row in rows] == [f"val/class_{c}/{i}.JPEG" for c in range(6) for i in range(3)]
+    assert all(row["target"] == row["name"].split("/")[1] for row in rows)
+    hits = sum(row["class1"] == row["target"] for row in rows)
+    assert report["top1"] == pytest.approx(100 * hits / 18)
+    assert report["top1_interval"] == pytest.approx([100 * end for end in wilson_interval(hits, 18)])
+    assert report["classes"] == 6
+    assert 0 < report["calibration_error"] < 100
+    assert "calibration error (ECE, 15 bins)" in printed
+    assert "Warning" not in printed
+    for row in rows:
+        probabilities = [float(row[f"probability{i}"]) for i in range(1, 6)]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert 5 / 6 <= sum(probabilities) <= 1
+
+    command = ["evaluate.py", f"checkpoint={trained}", "device=cpu", "weights=raw"]
+    done = torchrun(2, *command, f"predictions={tmp_path}/shared.csv")
+    assert done.returncode == 0, done.stderr
+    shared = read_csv(tmp_path / "shared.csv")
+    assert [(row["name"], row["target"], row["class1"]) for row in shared] == [
+        (row["name"], row["target"], row["class1"]) for row in rows
+    ]
+    for one, other in zip(rows, shared, strict=True):
+        assert float(one["probability1"]) == pytest.approx(float(other["probability1"]), abs=1e-5)
+    again = json.loads((trained / "checkpoints" / "evaluation.json").read_text())
+    assert again["calibration_error"] == pytest.approx(report["calibration_error"], abs=1e-3)
+
+
+@pytest.mark.parametrize("names", ["class_{}", "{}"], ids=["names", "numbers"])
+def test_a_benchmark_of_some_classes_is_predicted_among_these(trained, image_root, tmp_path, names):
+    for label in (1, 2, 4):
+        shutil.copytree(image_root / "val" / f"class_{label}", tmp_path / "images" / names.format(label))
+    found = [f"data.root={tmp_path}/images", f"predictions={tmp_path}/some.csv"]
+    report, printed = evaluate(trained, tmp_path, *found)
+    rows = read_csv(tmp_path / "some.csv")
+    assert (report["images"], report["classes"], len(rows)) == (9, 3, 9)
+    assert "3 of the 6 classes are there: predictions are made among these" in printed
+    assert ("the class folders are numbers: 1 is class_1" in printed) == (names == "{}")
+    assert [row["target"] for row in rows] == [f"class_{label}" for label in (1, 2, 4) for _ in range(3)]
+    for row in rows:
+        assert {row[f"class{i}"] for i in (1, 2, 3)} == {"class_1", "class_2", "class_4"}
+        assert sum(float(row[f"probability{i}"]) for i in (1, 2, 3)) == pytest.approx(1, abs=1e-5)
+    hits = sum(row["class1"] == row["target"] for row in rows)
+    assert report["top1"] == pytest.approx(100 * hits / 9)
+
+
+def test_reals_labels_count_beside_the_splits_own(trained, image_root, tmp_path):
+    for number, image in enumerate(sorted((image_root / "val").glob("*/*")), start=1):
+        folder = tmp_path / "images" / "val" / image.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, folder / f"ILSVRC2012_val_{19 - number:08d}.JPEG")  # the last image first
+    labels = [[] if i % 3 == 0 else [i % 6, (i + 2) % 6] for i in range(18)]
+    (tmp_path / "real.json").write_text(json.dumps(labels))
+    files = [f"real_labels={tmp_path}/real.json", f"predictions={tmp_path}/real.csv"]
+    report, printed = evaluate(trained, tmp_path, f"data.root={tmp_path}/images", *files)
+    fitting = {f"ILSVRC2012_val_{i + 1:08d}.JPEG": labels[i] for i in range(18) if labels[i]}
+    rows = [row for row in read_csv(tmp_path / "real.csv") if row["name"].split("/")[-1] in fitting]
+    hits = sum(int(row["class1"].removeprefix("class_")) in fitting[row["name"].split("/")[-1]] for row in rows)
+    assert report["real_images"] == len(rows) == 12
+    assert report["real_top1"] == pytest.approx(100 * hits / 12)
+    assert report["images"] == 18
+    assert "top-1 by ReaL, 12 images with a label" in printed
+
+
+def test_a_file_that_cannot_be_written_is_said_before_the_work(trained, tmp_path):
+    command = ["evaluate.py", f"checkpoint={trained}", "predictions=/nowhere/a.csv"]
+    status, printed = run(*command, output=tmp_path / "output")
+    assert status == 2
+    assert "predictions: /nowhere/a.csv cannot be written: there is no folder /nowhere" in printed
