@@ -40,7 +40,7 @@ from contextual_cnn.contracts import StagedScores
 from contextual_cnn.data import ImageData
 from contextual_cnn.distributed import World, process_group
 from contextual_cnn.engine.evaluator import staged_scores
-from contextual_cnn.engine.loggers import WandbLogger
+from contextual_cnn.engine.wandb_logger import WandbLogger
 from contextual_cnn.errors import UserError, run_script
 from contextual_cnn.models import ContextualModel
 from contextual_cnn.trained import Trained, load_model
@@ -259,7 +259,7 @@ def mirror(trained: Trained, figures: dict[str, Path]) -> None:
     """Adds the figures to the training's own run on W&B, offline where there is no key."""
     import wandb
 
-    options = {key: trained.config["logger"][key] for key in ("project", "entity")}
+    options = {key: trained.config["logger"][key] for key in ("project", "entity", "patience")}
     logger = WandbLogger(trained.folder, trained.config, run_name=trained.config["run_name"], mode="auto", **options)
     logger.log(trained.step, {f"figures/{name}": wandb.Image(str(path)) for name, path in figures.items()})
     logger.close()
