@@ -147,8 +147,8 @@ def test_killed_at_random_moments_with_the_newest_file_damaged(straight, image_r
             break
         kills += 1
         assert newest_step() > saved
-        if kills % 2 == 0 and (folder / "previous.pt").exists():
-            newest = folder / "last.pt"
+        newest = folder / "last.pt"
+        if kills % 2 == 0 and (folder / "previous.pt").exists() and newest.exists():  # a kill may fall between renames
             content = bytearray(newest.read_bytes())
             content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
             newest.write_bytes(content)
