@@ -205,7 +205,14 @@ def _spell(expected: Any) -> str:
         return f"one of {', '.join(map(str, arguments))}"
     if origin is not None:
         return f"a list of {_spell(arguments[0]).removeprefix('a ').removeprefix('an ')}s"
-    return {int: "an integer", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}[expected]
+    return {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        dict: "keys and values",
+        NoneType: "null",
+    }[expected]
 
 
 def _example(expected: Any) -> str:
@@ -214,7 +221,7 @@ def _example(expected: Any) -> str:
         return _example(arguments[0]) if origin is not Literal else str(arguments[0])
     if origin is not None:
         return f"[{_example(arguments[0])},{_example(arguments[0])}]"
-    return {int: "1", float: "0.1", bool: "true", str: "TEXT"}[expected]
+    return {int: "1", float: "0.1", bool: "true", str: "TEXT", dict: "{KEY: VALUE}"}[expected]
 
 
 def _yaml(value: Any) -> str:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from contextual_cnn.models.class_context import (
     ClassEmbeddings,
     Merging,
+    Projection,
     check_class_counts,
     default_class_counts,
 )
@@ -23,6 +24,19 @@ def test_temperature_is_clamped_at_a_hundredth():
     embeddings = ClassEmbeddings(num_classes=7, embedding_dim=16)
     torch.nn.init.constant_(embeddings.log_inverse_temperature, 50.0)
     assert embeddings(torch.randn(3, 16)).abs().max() <= 100 + 1e-4
+
+
+def test_a_batch_norm_takes_out_of_the_projection_what_all_images_share():
+    maps = torch.randn(64, 1) * 0.1 + 5 * torch.randn(1, 32)  # pooled features that differ little
+    maps = (maps + 0.1 * torch.randn(64, 32))[:, :, None, None]
+
+    def mean_similarity(norm):
+        torch.manual_seed(0)
+        vectors = F.normalize(Projection(32, 16, norm)(maps), dim=1)
+        return (vectors @ vectors.T).mean()
+
+    assert mean_similarity("layer") > 0.95
+    assert mean_similarity("batch") < 0.7
 
 
 def test_merging_equals_the_gathered_form():

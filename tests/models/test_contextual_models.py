@@ -257,7 +257,15 @@ MISTAKES = {
     "class counts": dict(name="contextual_convnext_atto", class_counts=[10, 6, 6]),
     "option of another model": dict(name="convnext_atto", class_counts=[6, 4, 2]),
     "no such file": dict(name="convnext_atto", weights="/nowhere/weights.pth"),
+    "no option of timm's": dict(name="convnext_atto", timm_options={"patchsize": 2}),
+    "unknown norm": dict(name="contextual_convnext_atto", projection_norm="group"),
 }
+
+
+@pytest.mark.parametrize("name", ["contextual_convnext_atto", "convnext_atto"])
+def test_timms_own_options_reach_the_backbone(name):
+    model = build_model(name=name, num_classes=10, timm_options={"patch_size": 2, "depths": [1, 1, 1, 1]})
+    assert model.eval().forward_features(torch.zeros(1, 3, 64, 64)).shape[2:] == (4, 4)
 
 
 @pytest.mark.parametrize("options", MISTAKES.values(), ids=MISTAKES)

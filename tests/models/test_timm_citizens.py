@@ -252,12 +252,15 @@ def as_released(state, embedding_dim=256):
 
 
 def test_released_weights_load_as_far_as_they_have_a_counterpart(tmp_path, caplog):
-    trained = wake_up(create("contextual_convnext_tiny", num_classes=20))
+    trained = wake_up(create("contextual_convnext_tiny", num_classes=20, projection_norm="layer"))
     kept = {key: value for key, value in trained.state_dict().items() if "offset.hidden.1" not in key}
     kept = {key: value for key, value in kept.items() if "offset.norm" not in key and "from_context" not in key}
     torch.save({"state_dict": as_released(kept)}, tmp_path / "released.pth")
     with caplog.at_level(logging.WARNING):
-        model = build_model(name="contextual_convnext_tiny", num_classes=20, weights=str(tmp_path / "released.pth"))
+        given = dict(name="contextual_convnext_tiny", num_classes=20, weights=str(tmp_path / "released.pth"))
+        model = build_model(**given, projection_norm="layer")
+    with pytest.raises(UserError, match=r"another norm, see model\.projection_norm"):
+        build_model(**given)
     assert "have no counterpart here" in caplog.text
     assert "spatial_offset_layer" in caplog.text
     found, given = model.state_dict(), trained.state_dict()
@@ -270,10 +273,17 @@ def test_released_weights_load_as_far_as_they_have_a_counterpart(tmp_path, caplo
 
 
 def test_released_weights_of_another_embedding_size_are_refused(tmp_path):
-    state = as_released(create("contextual_convnext_tiny", num_classes=20, embedding_dim=128).state_dict())
+    state = as_released(
+        create("contextual_convnext_tiny", num_classes=20, embedding_dim=128, projection_norm="layer").state_dict()
+    )
     torch.save(state, tmp_path / "released.pth")
     with pytest.raises(UserError, match="does not fit"):
-        build_model(name="contextual_convnext_tiny", num_classes=20, weights=str(tmp_path / "released.pth"))
+        build_model(
+            name="contextual_convnext_tiny",
+            num_classes=20,
+            weights=str(tmp_path / "released.pth"),
+            projection_norm="layer",
+        )
 
 
 def test_timms_evaluation_works(image_root):

@@ -7,6 +7,7 @@ import timm
 from torch import nn
 
 from contextual_cnn.errors import UserError
+from contextual_cnn.models.class_context import ProjectionNorm
 from contextual_cnn.models.contextual_conv import Convolution
 from contextual_cnn.models.contextual_model import ContextualModel, Selection
 from contextual_cnn.models.weights import load_weights
@@ -23,11 +24,13 @@ def build_model(
     weights: str | None = None,
     class_counts: Sequence[int] | None = None,
     embedding_dim: int | None = None,
+    projection_norm: ProjectionNorm | None = None,
     selection: Selection | None = None,
     contextual_stages: Sequence[int] | None = None,
     contextual_every: int | None = None,
     convolution: Convolution | None = None,
     mask: bool | None = None,
+    timm_options: dict | None = None,
 ) -> nn.Module:
     """A timm-registered model, initialised or from a file of weights.
 
@@ -36,8 +39,9 @@ def build_model(
         drop_path_rate, layer_scale: stochastic depth and the initial layer scale; None leaves the model's default.
         weights: a .pth, .pt or .safetensors file. A contextual model takes those of its plain twin and then starts
             as an exact drop-in for it.
-        class_counts, embedding_dim, selection, contextual_stages, contextual_every, convolution, mask: contextual
-            models only, see `ContextualConvNeXt`; None leaves the default.
+        class_counts, embedding_dim, projection_norm, selection, contextual_stages, contextual_every, convolution, mask:
+            contextual models only, see `ContextualConvNeXt`; None leaves the default.
+        timm_options: what else the model takes by keyword (timm's own --model-kwargs), such as patch_size.
 
     Raises:
         UserError: unknown name, options that the model does not have, weights that do not fit.
@@ -52,13 +56,14 @@ def build_model(
         "ls_init_value": layer_scale,
         "class_counts": class_counts,
         "embedding_dim": embedding_dim,
+        "projection_norm": projection_norm,
         "selection": selection,
         "contextual_stages": contextual_stages,
         "contextual_every": contextual_every,
         "convolution": convolution,
         "mask": mask,
     }
-    options = {key: value for key, value in options.items() if value is not None}
+    options = {key: value for key, value in options.items() if value is not None} | (timm_options or {})
     try:
         model = timm.create_model(name, num_classes=num_classes, drop_rate=drop_rate, **options)
     except ValueError as error:

@@ -4,11 +4,13 @@ Shapes: B images, C channels of a stage, N classes, k classes kept, E embedding 
 """
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+ProjectionNorm = Literal["batch", "layer"]
 _MAX_INVERSE_TEMPERATURE = 100.0  # CLIP's clamp
 
 
@@ -37,17 +39,22 @@ class ClassEmbeddings(nn.Module):
 
 
 class Projection(nn.Sequential):
-    """A stage's map to the space of the class embeddings: GAP, FC, LN, ReLU, FC (section 3.2, classifying).
+    """A stage's map to the space of the class embeddings: GAP, FC, norm, ReLU, FC (section 3.2, classifying).
 
     The hidden width C is the released code's.
+
+    Args:
+        norm: "layer" (the paper) or "batch" (the released code's ResNet). Pooled features of different images point
+            almost the same way at first, and the cosine sees nothing else; a layer norm leaves that, a batch norm
+            takes out what all images share. Why it is the default: docs/evidence.md.
     """
 
-    def __init__(self, channels: int, embedding_dim: int) -> None:
+    def __init__(self, channels: int, embedding_dim: int, norm: ProjectionNorm) -> None:
         super().__init__(
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
             nn.Linear(channels, channels),
-            nn.LayerNorm(channels),
+            nn.BatchNorm1d(channels) if norm == "batch" else nn.LayerNorm(channels),
             nn.ReLU(),
             nn.Linear(channels, embedding_dim),
         )

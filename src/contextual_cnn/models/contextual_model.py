@@ -24,6 +24,7 @@ from contextual_cnn.models.class_context import (
     ClassEmbeddings,
     Merging,
     Projection,
+    ProjectionNorm,
     check_class_counts,
     default_class_counts,
     scale_class_counts,
@@ -56,6 +57,7 @@ class ContextualModel(nn.Module):
         class_counts: (N2, N3, N4), the classes that stages 2, 3 and 4 consider; None scales the paper's
             (500, 200, 50) of 1000.
         embedding_dim: E = d = 256 in the paper (table 6).
+        projection_norm: between the layers of a projection, see `Projection`.
         selection: what a stage classifies. "reduce" (the paper): only what the stage before kept; a class once
             dropped never returns. "rerank" (the released code's later form): all classes, at every stage; only the
             context uses the shortlist. See docs/staged-loss.md for why rerank is the default.
@@ -76,6 +78,7 @@ class ContextualModel(nn.Module):
         context_classes: int,
         class_counts: Sequence[int] | None,
         embedding_dim: int,
+        projection_norm: ProjectionNorm,
         selection: Selection,
         contextual_stages: Sequence[int],
         drop_rate: float,
@@ -87,6 +90,8 @@ class ContextualModel(nn.Module):
         check_class_counts(classes, self.class_counts)
         if selection not in ("rerank", "reduce"):
             raise ValueError(f"selection must be 'rerank' or 'reduce', got {selection!r}")
+        if projection_norm not in ("batch", "layer"):
+            raise ValueError(f"projection_norm must be 'batch' or 'layer', got {projection_norm!r}")
         self.selection = selection
         self.contextual_stages = tuple(contextual_stages)
         if not self.contextual_stages or sorted(set(contextual_stages) & {1, 2, 3, 4}) != list(contextual_stages):
@@ -94,7 +99,9 @@ class ContextualModel(nn.Module):
         channels = [info["num_chs"] for info in feature_info[-STAGES:]]
         classified = [stage - 1 for stage in contextual_stages if stage > 1] + [STAGES]
         # Keyed by the stage that they follow or precede
-        self.projections = nn.ModuleDict({str(i): Projection(channels[i - 1], embedding_dim) for i in classified})
+        self.projections = nn.ModuleDict(
+            {str(i): Projection(channels[i - 1], embedding_dim, projection_norm) for i in classified}
+        )
         self.mergings = nn.ModuleDict({str(i): Merging(embedding_dim) for i in contextual_stages})
         self.class_embeddings = ClassEmbeddings(classes, embedding_dim)
         self.head_drop = nn.Dropout(drop_rate)
@@ -286,5 +293,5 @@ def takes_context(options: dict) -> bool:
 
 def without_context_options(options: dict) -> dict:
     """What is left for a plain model."""
-    context = ("class_counts", "embedding_dim", "selection", "mask")
+    context = ("class_counts", "embedding_dim", "projection_norm", "selection", "mask")
     return {key: value for key, value in options.items() if key not in context}

@@ -7,6 +7,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
 
+from contextual_cnn.models.class_context import ProjectionNorm
 from contextual_cnn.models.contextual_conv import Convolution, replace_convolution
 from contextual_cnn.models.contextual_model import (
     ContextualBlock,
@@ -30,8 +31,8 @@ class ContextualConvNeXt(ContextualModel):
     """ConvNeXt in which the likely classes after each stage modulate the convolutions of the next.
 
     Args:
-        num_classes, context_classes, class_counts, embedding_dim, selection, contextual_stages, drop_rate: see
-            `ContextualModel`.
+        num_classes, context_classes, class_counts, embedding_dim, projection_norm, selection, contextual_stages,
+            drop_rate: see `ContextualModel`.
         contextual_every: one of every so many blocks of a contextual stage is contextual, from the first (paper: 3).
         convolution, mask: see `replace_convolution`; only kinds with a context.
         backbone: what timm's ConvNeXt takes.
@@ -43,6 +44,7 @@ class ContextualConvNeXt(ContextualModel):
         context_classes: int = 1000,
         class_counts: Sequence[int] | None = None,
         embedding_dim: int = 256,
+        projection_norm: ProjectionNorm = "batch",
         selection: Selection = "rerank",
         contextual_stages: Sequence[int] = (2, 3, 4),
         contextual_every: int = 3,
@@ -61,6 +63,7 @@ class ContextualConvNeXt(ContextualModel):
             context_classes=context_classes,
             class_counts=class_counts,
             embedding_dim=embedding_dim,
+            projection_norm=projection_norm,
             selection=selection,
             contextual_stages=contextual_stages,
             drop_rate=drop_rate,

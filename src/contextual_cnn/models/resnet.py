@@ -7,6 +7,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
+from contextual_cnn.models.class_context import ProjectionNorm
 from contextual_cnn.models.contextual_conv import Convolution, replace_convolution
 from contextual_cnn.models.contextual_model import (
     STAGES,
@@ -25,8 +26,8 @@ class ContextualResNet(ContextualModel):
     A weight offset is shared by all output channels of its convolution.
 
     Args:
-        num_classes, context_classes, class_counts, embedding_dim, selection, contextual_stages, drop_rate: see
-            `ContextualModel`.
+        num_classes, context_classes, class_counts, embedding_dim, projection_norm, selection, contextual_stages,
+            drop_rate: see `ContextualModel`.
         contextual_every: one of every so many blocks of a contextual stage is contextual, from the first (the paper
             does not say; the released code's default is 2).
         convolution, mask: see `replace_convolution`; only kinds with a context.
@@ -39,6 +40,7 @@ class ContextualResNet(ContextualModel):
         context_classes: int = 1000,
         class_counts: Sequence[int] | None = None,
         embedding_dim: int = 256,
+        projection_norm: ProjectionNorm = "batch",
         selection: Selection = "rerank",
         contextual_stages: Sequence[int] = (2, 3, 4),
         contextual_every: int = 1,
@@ -57,6 +59,7 @@ class ContextualResNet(ContextualModel):
             context_classes=context_classes,
             class_counts=class_counts,
             embedding_dim=embedding_dim,
+            projection_norm=projection_norm,
             selection=selection,
             contextual_stages=contextual_stages,
             drop_rate=drop_rate,

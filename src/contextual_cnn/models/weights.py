@@ -86,11 +86,15 @@ def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str
         key for key, value in state.items() if key in own and (own[key].shape == value.shape or key == input_weight)
     }
     wrong = [key for key in state if key not in fits]
-    missing = [key for key in own if key not in state and not _may_be_missing(key)]
+    # A projection comes whole: a batch norm without its statistics would pass for a layer norm
+    complete = ("projections.",) if any(key.startswith("projections.") for key in state) else ()
+    missing = [key for key in own if key not in state and (key.startswith(complete) or not _may_be_missing(key))]
     if wrong or missing:
+        other_norm = any("projections." in key and "running_" in key for key in (*wrong, *missing))
         raise ValueError(
             f"{len(missing)} tensors missing (first: {missing[:3]}), "
             f"{len(wrong)} unknown or of another shape (first: {wrong[:3]})"
+            + ("; the projections have another norm, see model.projection_norm" if other_norm else "")
         )
     log.info("weights: %d tensors given, %d left as initialised", len(state), len(own) - len(state))
     return own | state
