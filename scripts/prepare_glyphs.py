@@ -27,6 +27,9 @@ def main() -> None:
     parser.add_argument("--fonts", type=Path, nargs="*", default=[], help="folders of .ttf and .otf files")
     parser.add_argument("--train", type=int, default=64, help="images per class")
     parser.add_argument("--val", type=int, default=10, help="images per class")
+    parser.add_argument(
+        "--dark-ink", action="store_true", help="never light on dark, which takes models long to see through"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     families = find_families(arguments.fonts)
@@ -39,7 +42,7 @@ def main() -> None:
             folder = arguments.folder / split / f"U+{ord(letter):04X}"
             folder.mkdir(parents=True, exist_ok=True)
             for i in range(count):
-                render(letter, rng.choice(fonts), rng).save(folder / f"{i:03d}.jpg", quality=90)
+                render(letter, rng.choice(fonts), rng, arguments.dark_ink).save(folder / f"{i:03d}.jpg", quality=90)
 
 
 def find_families(folders: list[Path]) -> dict[str, list[Path]]:
@@ -65,10 +68,10 @@ def split_families(families: dict[str, list[Path]]) -> dict[str, list[str]]:
     return {"train": [name for name in names if name not in val], "val": val}
 
 
-def render(letter: str, font: Path, rng: random.Random) -> Image.Image:
-    """One letter, somewhere near the centre, a little turned, in some dark colour on some light one or the reverse."""
+def render(letter: str, font: Path, rng: random.Random, dark_ink: bool) -> Image.Image:
+    """One letter, somewhere near the centre, a little turned, in some dark colour on some light one, or the reverse."""
     dark, light = (tuple(rng.randint(low, low + 90) for _ in range(3)) for low in (0, 160))
-    ink, paper = (dark, light) if rng.random() < 0.5 else (light, dark)
+    ink, paper = (dark, light) if rng.random() < 0.5 or dark_ink else (light, dark)
     image = Image.new("RGB", (4 * SIZE, 4 * SIZE), paper)
     face = ImageFont.truetype(font, rng.randint(80, 105))
     at = (2 * SIZE + rng.uniform(-12, 12), 2 * SIZE + rng.uniform(-8, 8))
