@@ -265,7 +265,8 @@ MISTAKES = {
 @pytest.mark.parametrize("name", ["contextual_convnext_atto", "convnext_atto"])
 def test_timms_own_options_reach_the_backbone(name):
     model = build_model(name=name, num_classes=10, timm_options={"patch_size": 2, "depths": [1, 1, 1, 1]})
-    assert model.eval().forward_features(torch.zeros(1, 3, 64, 64)).shape[2:] == (4, 4)
+    assert model.stem[0].stride == (2, 2)
+    assert [len(stage.blocks) for stage in model.stages] == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("options", MISTAKES.values(), ids=MISTAKES)
