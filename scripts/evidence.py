@@ -24,6 +24,10 @@ from contextual_cnn.errors import run_script
 ROOT = Path(__file__).parent.parent
 VARIANTS = {
     "a1": ("plain twin", ["model.convolution=plain"]),
+    "a1-wide": (
+        "plain, of a5's multiply-adds",
+        ["model.convolution=plain", "model.timm_options.dims=[29,58,116,232]"],
+    ),
     "a2": ("the context as extra input", ["model.convolution=extra_input"]),
     "a3": ("contextual convolutions without the prior", ["model.convolution=without_prior"]),
     "a5": ("contextual convolutions", []),
