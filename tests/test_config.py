@@ -14,7 +14,7 @@ from contextual_cnn import cli
 from contextual_cnn.contracts import StagedScores
 from contextual_cnn.data import Augmentation
 from contextual_cnn.engine.checkpoint_store import CheckpointStore
-from contextual_cnn.engine.trainer import TrainerSettings
+from contextual_cnn.engine.trainer_settings import TrainerSettings
 from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.models import build_model
 from contextual_cnn.optim import build_optimizer, build_schedule

@@ -87,11 +87,10 @@ def rehearse(trainer: Trainer, folder: Path) -> Forecast:
             "or model.grad_checkpointing=true",
         ) from error
     peak, memory = _memory(trainer.world.device)
-    state = [trainer.module.state_dict(), trainer.optimizer.state_dict()]
-    checkpoint = _tensor_bytes([*state, trainer.ema.module.state_dict() if trainer.ema is not None else None])
+    checkpoint = _tensor_bytes(trainer.train_step.state())
     return Forecast(
         model=trainer.config["model"]["name"],
-        parameters=sum(parameter.numel() for parameter in trainer.module.parameters()),
+        parameters=sum(parameter.numel() for parameter in trainer.train_step.module.parameters()),
         device=_device_name(trainer.world.device),
         images={split: len(source) for split, source in trainer.data.sources.items()},
         classes=trainer.data.num_classes,
@@ -120,8 +119,8 @@ def learning_rates(trainer: Trainer) -> list[tuple[int, float]]:
     stride = max(1, trainer.last_step // _POINTS)
     points = []
     for step in sorted({*range(0, trainer.last_step, stride), trainer.last_step - 1}):
-        trainer.schedule.step_update(step)
-        points.append((step, max(group["lr"] for group in trainer.optimizer.param_groups)))
+        trainer.train_step.schedule.step_update(step)
+        points.append((step, trainer.train_step.lr))
     return points
 
 
@@ -145,11 +144,11 @@ def _measure(trainer: Trainer, steps: int) -> dict[str, float]:
     batches = trainer.data.train_batches(
         trainer.plan, trainer.augmentation, trainer.seed, trainer.world, first_step=trainer.step
     )
-    trainer.module.train()
-    trainer.train_step(batches)
+    trainer.train_step.module.train()
+    trainer.train_step(trainer.step, batches)
     trainer.meter.read()
-    for _ in range(steps):
-        trainer.train_step(batches)
+    for step in range(trainer.step + 1, trainer.step + 1 + steps):
+        trainer.train_step(step, batches)
     metrics, _ = trainer.meter.read()
     return metrics
 
@@ -186,7 +185,7 @@ def _table(trainer: Trainer, forecast: Forecast) -> Table:
         "batches": str(trainer.plan),
         "steps": f"{f.steps_per_epoch} an epoch, {f.steps} in all{left}",
         "learning rate": f"{rates[0][1]:.3g} -> {peak:.3g} at step {top} -> {rates[-1][1]:.3g} (lr_schedule.png)",
-        "model": f"{f.model}: {describe(trainer.module)}",
+        "model": f"{f.model}: {describe(trainer.train_step.module)}",
         "loss of the measured steps": f"{f.loss:.4f}",
         "peak memory of a process, training": f"{_gib(f.peak_memory)} of {_gib(f.memory)} ({f.device})",
         "speed": f"{f.seconds_per_step:.3g} s a step, {f.images_per_second:.1f} images/s, "
