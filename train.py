@@ -60,6 +60,8 @@ SCHEMA = {
 @cli.job
 def main(hydra_config: DictConfig) -> None:
     config = cli.read_config(hydra_config, SCHEMA)
+    if config["seed"] < 0:
+        raise UserError(f"seed must be 0 or more, got {config['seed']}", "seed=0")
     settings = TrainerSettings(**config["trainer"])
     augmentation = Augmentation(**config["augment"])
     data = ImageData(**config["data"])

@@ -11,21 +11,19 @@ import resource
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
 
 from contextual_cnn.distributed import gather_numbers
+from contextual_cnn.engine.checkpoint_store import FILES, tensor_bytes
 from contextual_cnn.engine.trainer import Trainer
 from contextual_cnn.errors import UserError
 from contextual_cnn.models import describe
 
 _MICRO_BATCHES = 8  # measured at least: more than a loader holds ready, so that its own speed shows
-_CHECKPOINTS = 4  # last, previous, best, and the one that is being written
 _POINTS = 1000  # of the schedule's picture
 
 
@@ -78,16 +76,9 @@ def rehearse(trainer: Trainer, folder: Path) -> Forecast:
     """
     plan, first_step = trainer.plan, trainer.step
     steps = max(1, -(-_MICRO_BATCHES // plan.accumulation))
-    try:
-        metrics = _measure(trainer, steps)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the memory of {trainer.world.device} does not suffice for {plan.micro_batch} images at once",
-            f"trainer.micro_batch_size={max(1, plan.micro_batch // 2)} (the global batch stays {plan.global_batch}), "
-            "or model.grad_checkpointing=true",
-        ) from error
+    metrics = _measure(trainer, steps)
     peak, memory = _memory(trainer.world.device)
-    checkpoint = _tensor_bytes(trainer.train_step.state())
+    checkpoint = tensor_bytes(trainer.train_step.state())
     return Forecast(
         model=trainer.config["model"]["name"],
         parameters=sum(parameter.numel() for parameter in trainer.train_step.module.parameters()),
@@ -109,7 +100,7 @@ def rehearse(trainer: Trainer, folder: Path) -> Forecast:
         peak_memory=max(theirs for (theirs,) in gather_numbers([peak])),
         memory=memory,
         checkpoint=checkpoint,
-        disk_needed=_CHECKPOINTS * checkpoint,
+        disk_needed=FILES * checkpoint,
         disk_free=shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.is_dir())).free,
     )
 
@@ -163,14 +154,6 @@ def _memory(device: torch.device) -> tuple[int, int]:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _tensor_bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, dict):
-        return sum(map(_tensor_bytes, value.values()))
-    return sum(map(_tensor_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
 def _table(trainer: Trainer, forecast: Forecast) -> Table:

@@ -23,6 +23,7 @@ from contextual_cnn.engine.progress import ProgressDisplay, describe_evaluation
 from contextual_cnn.engine.stopping import StopRequest
 from contextual_cnn.engine.trainer_settings import TrainerSettings
 from contextual_cnn.engine.training_step import TrainingStep
+from contextual_cnn.engine.watchdog import Watchdog
 from contextual_cnn.losses import StagedCrossEntropy
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MOST_ROLLBACKS = 3
+_MOST_DATA_WAIT = 20  # percent of the time
 
 
 class Trainer:
@@ -69,6 +71,8 @@ class Trainer:
         self.last_step = min(whole, settings.max_steps or whole)
         self.step, self.best = 0, {"top1": -1.0, "epoch": 0, "weights": "raw"}
         self._ended_step = 0  # the last step after which the end of an epoch has been dealt with
+        self._watchdog, self._phase = Watchdog(60 * settings.timeout_minutes, world.rank), "start"
+        self._warned_of_stalls = False
         self._skipping, self._rollbacks, self._rolled_back_at = False, 0, -settings.max_skipped_steps
         if state is not None:
             self.step, self.best, self._ended_step = state["step"], state["best"], state["ended_step"]
@@ -96,9 +100,17 @@ class Trainer:
         Raises:
             UserError: the last checkpoint could not be written, or the gradients stay non-finite.
         """
+        try:
+            with self._watchdog:
+                return self._fit(logger, console, request)
+        except RuntimeError as error:
+            error.add_note(f"in the {self._phase} after step {self.step}")
+            raise
+
+    def _fit(self, logger: MetricsLogger, console: Console, request: StopRequest) -> bool:
         batches = self.data.train_batches(self.plan, self.augmentation, self.seed, self.world, self.step)
         val_batches = self.data.evaluation_batches(self.world)
-        any_rank = AnyRank()
+        first_step, any_rank = self.step, AnyRank()
         stopping = False
         self.train_step.module.train()
         self.meter.restart_clock()
@@ -108,8 +120,11 @@ class Trainer:
                     stopping = not self._end_epoch(val_batches, logger, request)
                 if stopping or self.is_complete:
                     break
+                self._enter("training")
                 self.train_step(self.step, batches)
                 self.step += 1
+                if self.world.is_main and self.step == first_step + 1:  # the optimizer's state is there now
+                    self.store.warn_of_little_room(self._state())
                 progress.advance(self.step)
                 stopping = any_rank(request.reason is not None)
                 if stopping or self._owes_epoch_end or self.step % self.settings.log_every == 0:
@@ -119,6 +134,11 @@ class Trainer:
             self.store.save(self._state())
         self.store.close()
         return not stopping
+
+    def _enter(self, phase: str) -> None:
+        """The run has got on; what an error is noted to have happened in."""
+        self._phase = phase
+        self._watchdog.beat(f"the {phase} after step {self.step}")
 
     @property
     def is_complete(self) -> bool:
@@ -152,6 +172,7 @@ class Trainer:
         metrics = {f"train/{name}": value for name, value in measured.items()}
         logger.log(self.step, metrics)
         progress.report(self.step, metrics)
+        self._warn_of_stalls(measured["data_wait"])
         self._skipping = skipped_in_a_row > 0
         patience = 1 if self.settings.on_nonfinite == "stop" else self.settings.max_skipped_steps
         if skipped_in_a_row < patience:
@@ -161,6 +182,16 @@ class Trainer:
         first = self.step - skipped_in_a_row
         batches = self.data.train_batches(self.plan, self.augmentation, self.seed, self.world, first)
         raise self.train_step.nonfinite_error(first, batches, skipped_in_a_row, self.store.folder.parent / "nonfinite")
+
+    def _warn_of_stalls(self, data_wait: float) -> None:
+        """Once; the figure is in every line of the log."""
+        if data_wait > _MOST_DATA_WAIT and not self._warned_of_stalls and self.world.is_main:
+            log.warning(
+                "step %d: %.0f %% of the time went by in waiting for images; more data.threads, a faster disk or "
+                "smaller images would help",
+                *(self.step, data_wait),
+            )
+            self._warned_of_stalls = True
 
     def _roll_back(self) -> bool:
         """Weights and averages of the newest checkpoint, at the step where the run is; False if that cannot be done.
@@ -211,15 +242,21 @@ class Trainer:
 
     def _evaluate(self, val_batches: "EvaluationBatches", request: StopRequest) -> tuple[dict[str, float], bool]:
         models = {"raw": self.train_step.module}
+        self._enter("evaluation")
         if self.train_step.ema is not None:
             models["ema"] = self.train_step.ema.module
         if self.world.size > 1:
-            for model in models.values():  # running statistics of batch norms differ from rank to rank
-                distribute_bn(model, self.world.size, reduce=True)
+            # Running statistics of batch norms differ from rank to rank. Those of rank 0 count, as in DDP's forward
+            # and in a checkpoint: so a run that goes on from one ends with the same bits
+            for model in models.values():
+                distribute_bn(model, self.world.size, reduce=False)
         autocast = self.settings.autocast(self.world.device)
-        reports = evaluate(
-            models, val_batches, val_batches.images, self.world, autocast, lambda: request.reason is not None
-        )
+
+        def should_stop() -> bool:
+            self._enter("evaluation")
+            return request.reason is not None
+
+        reports = evaluate(models, val_batches, val_batches.images, self.world, autocast, should_stop)
         epoch = -(-self.step // self.plan.steps_per_epoch)  # the one that the step belongs to, counted from 1
         weights = max(reports, key=lambda name: reports[name]["top1"])
         is_best = reports[weights]["top1"] > self.best["top1"]

@@ -1,5 +1,6 @@
 """How a run is trained, beside its model and data: the keys of conf/trainer/."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,6 +56,11 @@ class TrainerSettings:
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise UserError(f"trainer.{key} must be 1 or more, got {getattr(self, key)}", f"trainer.{key}=1")
         seconds_of(self.max_time)
+        if not 0 < self.timeout_minutes < math.inf:
+            raise UserError(
+                f"trainer.timeout_minutes must be above 0 and finite, got {self.timeout_minutes}",
+                "trainer.timeout_minutes=10",
+            )
         if self.grad_clip is not None and self.grad_clip <= 0:
             raise UserError(f"trainer.grad_clip must be above 0, got {self.grad_clip}", "trainer.grad_clip=null is off")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:

@@ -78,7 +78,21 @@ class TrainingStep:
 
         Args:
             step: counted from 0.
+
+        Raises:
+            UserError: the GPU's memory does not suffice.
         """
+        try:
+            self._step(step, batches)
+        except torch.OutOfMemoryError as error:
+            plan = self._plan
+            raise UserError(
+                f"the memory of {self._world.device} does not suffice for {plan.micro_batch} images at once",
+                f"trainer.micro_batch_size={max(1, plan.micro_batch // 2)} (the global batch stays "
+                f"{plan.global_batch}), or model.grad_checkpointing=true",
+            ) from error
+
+    def _step(self, step: int, batches: Iterator[Batch]) -> None:
         self.schedule.step_update(step)
         self.optimizer.zero_grad(set_to_none=True)
         for accumulated in range(self._plan.accumulation):
@@ -107,19 +121,39 @@ class TrainingStep:
             "model": self.module.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
             "optimizer": self.optimizer.state_dict(),
+            "optimized": self._optimized(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """What `state` gave; other keys are passed over."""
-        self.module.load_state_dict(state["model"])
-        if self.ema is not None and state["ema"] is not None:
-            self.ema.module.load_state_dict(state["ema"])
+        """What `state` gave; other keys are passed over.
+
+        Raises:
+            UserError: it is the state of another model, or of one whose parameters came in another order.
+        """
+        # Moments are stored by position; checkpoints of before November 2026 do not name their parameters
+        if state.get("optimized", self._optimized()) != self._optimized():
+            raise UserError(
+                "the checkpoint's optimizer has other parameters, or in another order, than the model",
+                "continue with the code that wrote it, or run_name=NEW_NAME",
+            )
+        try:
+            self.module.load_state_dict(state["model"])
+            if self.ema is not None and state["ema"] is not None:
+                self.ema.module.load_state_dict(state["ema"])
+        except RuntimeError as error:
+            differences = "; ".join(line.strip() for line in str(error).splitlines()[1:])
+            raise UserError(f"the checkpoint is of another model: {differences:.600}", "run_name=NEW_NAME") from error
         # The config's options, not the checkpoint's; but for lr, which the schedule sets with every step
         groups = self.optimizer.param_groups
         options = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, configured in zip(self.optimizer.param_groups, options, strict=True):
             group.update(configured)
+
+    def _optimized(self) -> list[list[str]]:
+        """The parameters' names, by the optimizer's groups and in its order."""
+        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        return [[names[parameter] for parameter in group["params"]] for group in self.optimizer.param_groups]
 
     def nonfinite_error(self, step: int, batches: Iterator[Batch], skipped: int, folder: Path) -> UserError:
         """What the first of the skipped steps looks like: computed again, which gives the same draws and weights.
