@@ -28,7 +28,7 @@ from contextual_cnn.engine.predictions import Predictions, PredictionTable, chec
 from contextual_cnn.engine.real_labels import RealAccuracy, read_real_labels, real_accuracy
 from contextual_cnn.engine.reliability import expected_calibration_error, wilson_interval
 from contextual_cnn.engine.run_folder import start_logging
-from contextual_cnn.engine.trainer import TrainerSettings
+from contextual_cnn.engine.trainer_settings import TrainerSettings
 from contextual_cnn.trained import load_model
 
 log = logging.getLogger("contextual_cnn.evaluate")

@@ -28,7 +28,8 @@ from contextual_cnn.engine.loggers import NullLogger, open_loggers, read_metrics
 from contextual_cnn.engine.resume import load_newest
 from contextual_cnn.engine.run_folder import RunFolder, start_logging
 from contextual_cnn.engine.stopping import StopRequest, seconds_of
-from contextual_cnn.engine.trainer import Trainer, TrainerSettings
+from contextual_cnn.engine.trainer import Trainer
+from contextual_cnn.engine.trainer_settings import TrainerSettings
 from contextual_cnn.errors import Stopped, UserError
 from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.models import build_model, describe
@@ -59,6 +60,8 @@ SCHEMA = {
 @cli.job
 def main(hydra_config: DictConfig) -> None:
     config = cli.read_config(hydra_config, SCHEMA)
+    if config["seed"] < 0:
+        raise UserError(f"seed must be 0 or more, got {config['seed']}", "seed=0")
     settings = TrainerSettings(**config["trainer"])
     augmentation = Augmentation(**config["augment"])
     data = ImageData(**config["data"])

@@ -1,260 +1,169 @@
-"""Does to the real train.py and evaluate.py what clusters, disks and people do: python scripts/fault_suite.py [ID ...]
+"""Does to the real commands what clusters, disks, people and strangers do: python scripts/fault_suite.py --all
 
-Prints a table (fault, what happened, verdict); --output FILE writes it as JSON. A row is a function in ROWS.
+tests/faults.toml lists the faults, what must happen, and what shows it: tests, run here all at once, and the long
+functions below. Prints a table of fault, what happened and verdict; --output FILE keeps it as JSON.
 """
 
 import argparse
-import hashlib
-import os
-import random
+import json
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
+import pytest
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from contextual_cnn.engine.checkpoint import Manifest, load_checkpoint, step_of
-from contextual_cnn.engine.environment import environment, print_report
-from contextual_cnn.engine.loggers import read_metrics
-
 ROOT = Path(__file__).parent.parent
-ROWS: dict[str, tuple[str, Callable[["Bench"], str]]] = {}
+sys.path.insert(0, str(ROOT))
 
+from contextual_cnn.engine.environment import environment  # noqa: E402
+from tests import kills  # noqa: E402
 
-def row(name: str, fault: str) -> Callable:
-    """Enters a function into the table: it does the fault, asserts what must hold and returns what happened."""
+LIST = ROOT / "tests" / "faults.toml"
+PASSED, FAILED, NOT_SHOWN = "passed", "FAILED", "not shown"
 
-    def enter(function: Callable[["Bench"], str]) -> Callable[["Bench"], str]:
-        ROWS[name] = (fault, function)
-        return function
-
-    return enter
-
-
-class Bench:
-    """One row's own folder, and the commands on a small data set. `images` and `straight` are shared by all rows.
-
-    straight: the folder of an uninterrupted run, to compare with.
-    """
-
-    def __init__(self, folder: Path, images: Path, straight: Path | None) -> None:
-        self.folder, self.images, self.straight = folder, images, straight
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.run = folder / "run"
-        self.last = self.run / "checkpoints" / "last.pt"
-
-    def command(self, *overrides: str) -> list[str]:
-        sizes = "model.layer_scale=0.1 data.image_size=32 data.threads=1 data.eval_batch_size=6"
-        length = "schedule.epochs=4 schedule.warmup_epochs=1 trainer.log_every=1 trainer.ema_decay=0.9"
-        batch = "trainer.device=cpu trainer.global_batch_size=16 trainer.micro_batch_size=8 logger=local"
-        own = [f"data.root={self.images}", f"output_dir={self.folder}", "run_name=run"]
-        return ["train.py", "model=contextual_convnext_atto", *f"{sizes} {length} {batch}".split(), *own, *overrides]
-
-    def start(self, *arguments: str, **variables: str) -> subprocess.Popen:
-        self.output = (self.folder / "output").open("w+")
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "WANDB_MODE": "offline", **variables}
-        return subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, env=env, stdout=self.output, stderr=subprocess.STDOUT
-        )
-
-    def train(self, *overrides: str, **variables: str) -> tuple[int, str]:
-        """Exit status and output of a whole run."""
-        status = self.start(*self.command(*overrides), **variables).wait(300)
-        return status, self.printed
-
-    @property
-    def printed(self) -> str:
-        return (self.folder / "output").read_text()
-
-    @property
-    def step(self) -> int:
-        return max((line["step"] for line in read_metrics(self.run / "metrics.jsonl")), default=0)
-
-    def wait_for_step(self, step: int, process: subprocess.Popen) -> None:
-        while self.step < step:
-            assert process.poll() is None, self.printed
-            time.sleep(0.02)
-
-    def assert_same_end(self) -> None:
-        """The weights, averages and moments of the uninterrupted run, bit for bit."""
-        mine, theirs = (load_checkpoint(run / "checkpoints" / "last.pt") for run in (self.run, self.straight / "run"))
-        assert mine["step"] == theirs["step"]
-        moments = [s["optimizer"]["state"] for s in (mine, theirs)]
-        pairs = [(mine["model"], theirs["model"]), (mine["ema"], theirs["ema"])]
-        pairs += [(moments[0][key], moments[1][key]) for key in moments[1]]
-        assert all(torch.equal(one[name], other[name]) for one, other in pairs for name in other)
-
-
-@row("kill", "kill -9 at random moments, and the newest checkpoint damaged each time")
-def _(bench: Bench) -> str:
-    draw, kills, fell_back = random.Random(0), 0, 0
-    while kills < 5:
-        process = bench.start(*bench.command("checkpoint.every_steps=1"))
-        while process.poll() is None and "run folder" not in bench.printed:
-            time.sleep(0.02)
-        time.sleep(draw.uniform(0.5, 2.0))
-        if process.poll() is not None:
-            break
-        process.kill()
-        process.wait()
-        kills += 1
-        if (bench.last.parent / "previous.pt").exists():
-            content = bytearray(bench.last.read_bytes())
-            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-            bench.last.write_bytes(content)
-            fell_back += 1
-    assert fell_back > 0
-    status, printed = bench.train()
-    assert status == 0, printed
-    bench.assert_same_end()
-    return f"{kills} kills, {fell_back} times the newest file damaged; the end is bit-identical"
-
-
-@row("signals", "SIGTERM, then SIGUSR1, then SIGINT in the middle of an epoch")
-def _(bench: Bench) -> str:
-    stops = []
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        process, before = bench.start(*bench.command()), bench.step
-        bench.wait_for_step(before + 1, process)
-        process.send_signal(number)
-        asked = time.perf_counter()
-        status = process.wait(60)
-        assert status == 75, bench.printed
-        stops.append(f"{time.perf_counter() - asked:.1f} s at step {step_of(bench.last)}")
-    status, printed = bench.train()
-    assert status == 0, printed
-    bench.assert_same_end()
-    return f"stopped with status 75 in {', '.join(stops)}; the end is bit-identical"
-
-
-@row("time-limit", "trainer.max_time is over")
-def _(bench: Bench) -> str:
-    status, printed = bench.train("trainer.max_time=0.00001")
-    assert status == 75, printed
-    return printed.strip().splitlines()[-1].split("; saved")[0] + "; status 75"
-
-
-@row("disk-full", "no checkpoint fits on the disk (a limit on the size of files)")
-def _(bench: Bench) -> str:
-    script = f'ulimit -f 64; exec "{sys.executable}" "$@"'
-    done = subprocess.run(["bash", "-c", script, "-", *bench.command()], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "the run goes on and tries again" in done.stdout
-    assert bench.step == 12
-    return "all 12 steps made, a warning per checkpoint, status 2 at the end"
-
-
-@row("hostile", "a checkpoint that runs a command, with a manifest that fits")
-def _(bench: Bench) -> str:
-    class Payload:
-        def __reduce__(self):
-            return os.mkdir, (str(bench.folder / "was_run"),)
-
-    path = bench.folder / "hostile.pt"
-    torch.save({"format": 2, "model": Payload(), "step": 1}, path)
-    data = path.read_bytes()
-    path.write_bytes(data + Manifest(len(data), hashlib.sha256(data).hexdigest(), 1).line())
-    status = bench.start("evaluate.py", f"checkpoint={path}").wait(120)
-    assert status == 2, bench.printed
-    assert not (bench.folder / "was_run").exists()
-    return bench.printed.splitlines()[0].replace(str(bench.folder), "...")[:160]
-
-
-@row("environment", "a config that wants a variable of the environment")
-def _(bench: Bench) -> str:
-    status, printed = bench.train("run_name=${oc.env:PLANTED}", PLANTED="a-secret-value")
-    assert status == 2, printed
-    assert "a-secret-value" not in printed
-    assert not bench.run.exists()
-    return printed.splitlines()[0]
-
-
-@row("non-finite", "a learning rate that makes every weight explode")
-def _(bench: Bench) -> str:
-    status, printed = bench.train("optimizer.lr=1e30", "schedule.warmup_epochs=0", "trainer.on_nonfinite=stop")
-    assert status == 2, printed
-    assert list((bench.run / "nonfinite").iterdir())
-    message = next(line for line in printed.splitlines() if line.startswith("error: "))
-    return message.split("; batch in")[0] + "; batch saved"
-
-
-@row("two-runs", "the same command twice at once")
-def _(bench: Bench) -> str:
-    first = bench.start(*bench.command("schedule.epochs=200"))
-    bench.wait_for_step(1, first)
-    second = Bench(bench.folder, bench.images, None)
-    process = second.start(*second.command("schedule.epochs=200"))
-    status = process.wait(120)
-    first.kill()
-    first.wait()
-    assert status == 2, second.printed
-    assert "is in use by process" in second.printed
-    return "the second waits 30 s, then ends with status 2 and names the first"
-
-
-@row("world-size", "two processes stop inside an epoch, one goes on")
-def _(bench: Bench) -> str:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    status = bench.start(*torchrun, *bench.command("trainer.max_steps=7")).wait(300)
-    assert status == 0, bench.printed
-    status, printed = bench.train()
-    assert status == 0, printed
-    assert "no image of the epoch is lost or repeated" in printed
-    losses = [
-        [line["train/loss"] for line in read_metrics(folder / "run" / "metrics.jsonl") if "train/loss" in line]
-        for folder in (bench.folder, bench.straight)
-    ]
-    difference = max(abs(one - other) for one, other in zip(*losses, strict=True))
-    assert difference < 1e-3
-    return f"12 losses as of one process, largest difference {difference:.1e}"
+# By the name that faults.toml has for it: takes images and an empty folder, returns what happened
+FUNCTIONS: dict[str, Callable[[Path, Path], str]] = {
+    "kill 200 times": lambda images, folder: str(kills.kill_at_random_moments(images, folder, 200, damage=False)),
+    "kill 200 times and damage": lambda images, folder: str(
+        kills.kill_at_random_moments(images, folder, 200, damage=True)
+    ),
+    "kill ranks 20 times": lambda images, folder: kills.kill_ranks_under_the_launcher(images, folder, 20),
+    "preempt 20 times": lambda images, folder: kills.preempt_two_ranks(images, folder, 20),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("ids", nargs="*", metavar="ID", help=f"of {', '.join(ROWS)}; all without")
-    parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("ids", nargs="*", metavar="ID", help="rows to run: 1 to 78, S1 to S14")
+    parser.add_argument("--all", action="store_true", help="every row; about half an hour on two cores")
+    parser.add_argument("--output", type=Path, help="JSON file; what it holds of other rows is kept")
+    parser.add_argument("--resume", action="store_true", help="what the output file has an outcome of is not run again")
+    parser.add_argument("--markdown", type=Path, help="the same table as a page")
     arguments = parser.parse_args()
-    if unknown := set(arguments.ids) - ROWS.keys():
+    rows = read_list()
+    if unknown := set(arguments.ids) - {row["id"] for row in rows}:
         parser.error(f"no row is named {', '.join(sorted(unknown))}")
-    workspace = Path(tempfile.mkdtemp(prefix="faults-"))
+    outcomes = read_outcomes(arguments.output)
+    chosen = [row for row in rows if arguments.all or row["id"] in arguments.ids]
+    wanted = dict.fromkeys(name for row in chosen for name in row["shown_by"])
+    names = [name for name in wanted if not (arguments.resume and name in outcomes)]
+    outcomes |= run_functions([name for name in names if name in FUNCTIONS])
+    outcomes |= run_tests([name for name in names if name not in FUNCTIONS])
+    concluded = [conclude(row, outcomes) for row in rows if outcomes.keys() >= set(row["shown_by"])]
+    report = {"environment": environment(), "rows": concluded, "outcomes": outcomes}
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    if arguments.markdown is not None:
+        arguments.markdown.write_text(as_markdown(report))
+    print_table(concluded)
+    sys.exit(any(row["verdict"] == FAILED for row in concluded))
+
+
+def read_list() -> list[dict[str, Any]]:
+    """The rows of faults.toml: id, fault, must_happen, shown_by and, where a part needs more than a CPU, not_shown."""
+    return tomllib.loads(LIST.read_text())["row"]
+
+
+def read_outcomes(report: Path | None) -> dict[str, list[str]]:
+    """[verdict, what happened] by what was run, of an earlier report; nothing where there is none."""
+    return json.loads(report.read_text())["outcomes"] if report is not None and report.exists() else {}
+
+
+def conclude(row: dict[str, Any], outcomes: dict[str, list[str]]) -> dict[str, Any]:
+    """The row with happened and verdict, from those of what shows it."""
+    found = [outcomes[name] for name in row["shown_by"]]
+    bad = [text for verdict, text in found if verdict == FAILED]
+    if bad:
+        return row | {"happened": "; ".join(bad), "verdict": FAILED}
+    happened = [text for _, text in found]
+    if "not_shown" in row:
+        happened.append(f"not shown: {row['not_shown']}")
+    return row | {"happened": "; ".join(happened), "verdict": PASSED if found else NOT_SHOWN}
+
+
+def run_functions(names: list[str]) -> dict[str, list[str]]:
+    """[verdict, what happened] by name."""
+    found, workspace = {}, Path(tempfile.mkdtemp(prefix="faults-"))
+    write_images(workspace / "images")
     try:
-        results = run_rows(arguments.ids or list(ROWS), workspace)
+        for name in names:
+            try:
+                happened = FUNCTIONS[name](workspace / "images", workspace / name.replace(" ", "-"))
+                found[name] = [PASSED, happened]
+            except Exception as error:  # a row that fails must not end the table
+                found[name] = [FAILED, f"{type(error).__name__}: {error}"[-600:]]
+            print(f"{name}: {': '.join(found[name])}", flush=True)
     finally:
         shutil.rmtree(workspace)
-    table = Table("id", "fault", "what happened", "verdict")
-    for result in results:
-        table.add_row(result["id"], result["fault"], result["happened"], result["verdict"])
+    return found
+
+
+def run_tests(names: list[str]) -> dict[str, list[str]]:
+    """[verdict, what happened] by the name in the list; one with parameters stands for all of its cases."""
+    if not names:
+        return {}
+    reports = Reports()
+    pytest.main(["-q", "--rootdir", str(ROOT), *(str(ROOT / name) for name in names)], plugins=[reports])
+    return {name: reports.verdict(name) for name in names}
+
+
+class Reports:
+    """A pytest plugin that keeps how each test came out."""
+
+    def __init__(self) -> None:
+        self._outcomes: dict[str, str] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self._outcomes[report.nodeid] = report.outcome
+
+    def verdict(self, name: str) -> list[str]:
+        outcomes = [how for test, how in self._outcomes.items() if test == name or test.startswith(f"{name}[")]
+        bad = [how for how in outcomes if how != "passed"]
+        if not outcomes:
+            return [FAILED, f"{name} was not run"]
+        if bad:
+            return [FAILED, f"{len(bad)} of {len(outcomes)} {bad[0]}: {name}"]
+        what = name.split("::")[-1].removeprefix("test_").replace("_", " ")
+        return [PASSED, what if len(outcomes) == 1 else f"{what} ({len(outcomes)} cases)"]
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    table = Table("id", "fault", "what happened", "verdict", show_lines=True)
+    for row in rows:
+        table.add_row(row["id"], row["fault"], row["happened"], row["verdict"])
     Console().print(table)
-    if arguments.output is not None:
-        print_report({"environment": environment(), "rows": results}, arguments.output)
-    sys.exit(any(result["verdict"] != "passed" for result in results))
 
 
-def run_rows(ids: list[str], workspace: Path) -> list[dict[str, str]]:
-    images = workspace / "images"
-    write_images(images)
-    straight = Bench(workspace / "straight", images, None)
-    status, printed = straight.train()
-    assert status == 0, printed
-    results = []
-    for name in ids:
-        fault, function = ROWS[name]
-        try:
-            happened, verdict = function(Bench(workspace / name, images, straight.folder)), "passed"
-        except Exception as error:  # a row that fails must not end the table
-            happened, verdict = f"{type(error).__name__}: {error}"[-600:], "FAILED"
-        print(f"{name}: {verdict}", flush=True)
-        results.append({"id": name, "fault": fault, "happened": happened, "verdict": verdict})
-    return results
+def as_markdown(report: dict[str, Any]) -> str:
+    """The page docs/faults.md."""
+    rows, machine = report["rows"], report["environment"]
+    counts = ", ".join(f"{sum(row['verdict'] == v for row in rows)} {v}" for v in (PASSED, FAILED, NOT_SHOWN))
+    lines = [
+        "# What can go wrong, what then happens, and what shows it",
+        "",
+        "Written by `python scripts/fault_suite.py --all --output docs/results/cpu-faults.json --markdown "
+        "docs/faults.md`,",
+        f"on CPUs (torch {machine['packages']['torch']}, Python {machine['python']}). The list of faults, and which "
+        "tests show each, is `tests/faults.toml`.",
+        "",
+        f"{len(rows)} rows: {counts}.",
+        "",
+        "| | fault | what must happen | what happened | verdict |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = (row["id"], row["fault"], row["must_happen"], row["happened"], row["verdict"])
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def write_images(root: Path) -> None:

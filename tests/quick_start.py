@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import resource
 import runpy
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 _PRELOAD = ["torch", "timm", "hydra", "wandb", "nvidia.dali.plugin.pytorch", "matplotlib.pyplot", "train", "evaluate"]
+_PRELOAD += ["pytest", "sklearn.datasets"]  # of the main modules that start commands, which each child imports again
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_PRELOAD)
@@ -32,6 +34,7 @@ class Command:
     def __init__(self, *command: str, output: Path, **environment: str) -> None:
         environment = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"} | environment
         self.output = output
+        output.unlink(missing_ok=True)
         self.process = _context.Process(target=_run, args=(list(command), str(output), environment))
         self.process.start()
 
@@ -65,6 +68,31 @@ def run(*command: str, output: Path, **environment: str) -> tuple[int, str]:
     return started.wait(), started.printed
 
 
+def group(
+    processes: int, *command: str, folder: Path, per_rank: dict[int, list[str]] | None = None, **environment: str
+) -> list[Command]:
+    """The processes of one run, by rank, as torchrun would start them; output_RANK in the folder.
+
+    Args:
+        per_rank: further arguments of some ranks.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(processes))
+    return [
+        Command(
+            *command,
+            *(per_rank or {}).get(rank, []),
+            output=folder / f"output_{rank}",
+            **meeting,
+            **dict(RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(processes)),
+            **environment,
+        )
+        for rank in range(processes)
+    ]
+
+
 def _run(command: list[str], output: str, environment: dict[str, str]) -> None:
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(descriptor, 1)
@@ -76,6 +104,8 @@ def _run(command: list[str], output: str, environment: dict[str, str]) -> None:
     if "TEST_LARGEST_FILE" in environment:  # as if the disk were full for anything larger
         largest = int(environment["TEST_LARGEST_FILE"])
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    if "TEST_UMASK" in environment:
+        os.umask(int(environment["TEST_UMASK"], 8))
     os.chdir(ROOT)
     sys.argv = command
     runpy.run_path(str(ROOT / command[0]), run_name="__main__")

@@ -140,6 +140,7 @@ def test_two_processes_train_as_one(straight, image_root, tmp_path):
     done = torchrun(2, *small_run(image_root, tmp_path))
     assert done.returncode == 0, done.stderr
     assert "8 images x 1 accumulated x 2 processes" in done.stdout
+    assert "Grad strides do not match bucket view strides" not in done.stderr  # DDP would copy those gradients
     alone, shared = losses(straight[0]), losses(tmp_path)
     assert alone.keys() == shared.keys()
     for step in alone:

@@ -14,7 +14,8 @@ from contextual_cnn import cli
 from contextual_cnn.contracts import StagedScores
 from contextual_cnn.data import Augmentation
 from contextual_cnn.engine.checkpoint_store import CheckpointStore
-from contextual_cnn.engine.trainer import TrainerSettings
+from contextual_cnn.engine.trainer_settings import TrainerSettings
+from contextual_cnn.errors import UserError
 from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.models import build_model
 from contextual_cnn.optim import build_optimizer, build_schedule
@@ -105,6 +106,10 @@ MISTAKES = [
     (["optimizer=admw"], "there is no optimizer named admw", "did you mean optimizer=adamw?"),
     (["model=contextual_convnxt_t"], "there is no model named", "did you mean model=contextual_convnext_t?"),
     ([], "no value for data.root", "data.root=VALUE"),
+    (["+optimizer._target_=os.system"], "there is no key optimizer._target_", "the keys are optimizer.name"),
+    (["data.root=pipe:touch x"], "pipe:touch x", "ROOT/train/CLASS"),
+    (["data.root=s3://bucket/imagenet"], "looked for the folder", "ROOT/train/CLASS"),
+    (["data.root=IMAGES", "trainer=smoke", "model=timm", "model.name=hf-hub:timm/resnet18"], "no model named", "timm"),
     (["data.root=/nowhere"], "looked for the folder /nowhere/train", "ROOT/train/CLASS"),
     (["data.root=x", "trainer.global_batch_size=many"], "is not an integer", "trainer.global_batch_size=1"),
     (["data.root=x", "run_name=${oc.env:HOME}"], "run_name=${oc.env:HOME} would be computed", "write the value itself"),
@@ -150,6 +155,54 @@ def test_mistakes_get_a_cause_a_fix_and_status_2(arguments, cause, fix, image_ro
     assert fix in printed.splitlines()[1]
     assert "Traceback" not in printed
     assert not list(tmp_path.iterdir())  # nothing was started
+
+
+OUT_OF_RANGE = [
+    "optimizer.lr=-1", "optimizer.lr=.nan", "optimizer.lr=.inf", "optimizer.weight_decay=-0.1",
+    "schedule.warmup_epochs=-1", "schedule.epochs=0", "trainer.log_every=0", "trainer.max_steps=0",
+    "trainer.global_batch_size=0", "trainer.micro_batch_size=-4", "trainer.ema_decay=1.0", "trainer.grad_clip=0",
+    "trainer.timeout_minutes=0", "trainer.max_time=0", "data.threads=0", "data.prefetch=0", "data.eval_batch_size=0",
+    "data.image_size=16", "data.crop_pct=1.5", "data.max_bad_images=-1", "data.repeats=0", "augment.mixup=-1",
+    "augment.label_smoothing=1.5", "augment.erasing=2", "loss.alpha=-1", "loss.alpha=.nan",
+    "checkpoint.every_epochs=0", "checkpoint.every_minutes=-1", "model.drop_path_rate=1", "model.drop_rate=-0.5",
+    "seed=-1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("argument", OUT_OF_RANGE)
+def test_numbers_out_of_range_are_refused(argument, image_root, tmp_path, monkeypatch, capsys):
+    """Before a run folder is made."""
+    small = ["trainer=smoke", "trainer.device=cpu", "model=contextual_convnext_atto", "logger=local"]
+    arguments = [f"data.root={image_root}", *small, argument, f"output_dir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(train.main)
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert argument.split("=")[0].split(".")[-1] in printed.splitlines()[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_slip_in_any_key_is_answered_with_the_key():
+    """Of each key of each group a letter is lost, doubled, or changes places with the next; a few are too short."""
+    config = composed()
+    slips = answered = 0
+    for group in GROUPS:
+        for key in config[group]:
+            middle = len(key) // 2
+            for slip in (
+                key[:middle] + key[middle + 1 :],
+                key[:middle] + key[middle] + key[middle:],
+                key[: middle - 1] + key[middle] + key[middle - 1] + key[middle + 1 :],
+            ):
+                if slip in config[group]:
+                    continue
+                with pytest.raises(UserError, match=rf"^there is no key {group}\.{slip}\n") as refused:
+                    cli.check_config(config | {group: config[group] | {slip: 1}}, train.SCHEMA)
+                slips += 1
+                answered += refused.value.fix == f"did you mean {group}.{key}?"
+    assert slips > 150
+    assert answered / slips > 0.9
 
 
 @pytest.mark.parametrize(

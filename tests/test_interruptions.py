@@ -11,6 +11,7 @@ import torch
 from contextual_cnn.engine.checkpoint import load_checkpoint, step_of, write_checkpoint
 from contextual_cnn.engine.loggers import read_metrics
 from tests.conftest import small_run, torchrun
+from tests.endings import assert_same_end, checkpoint, losses, steps_logged
 from tests.quick_start import Command, run
 
 STEPS = 12  # 4 epochs of 3
@@ -22,41 +23,6 @@ def straight(image_root, tmp_path_factory):
     status, printed = run(*small_run(image_root, folder), output=folder / "output")
     assert status == 0, printed
     return folder
-
-
-def checkpoint(folder, name="last"):
-    return load_checkpoint(folder / "run" / "checkpoints" / f"{name}.pt")
-
-
-def tensors(value, prefix=""):
-    """Every tensor and number of a state by its path."""
-    if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {k: v for key, item in items for k, v in tensors(item, f"{prefix}/{key}").items()}
-    return {prefix: value}
-
-
-def assert_same_end(one, other):
-    """Weights, averages, moments, counts, best so far: bit for bit; and the metrics but for the speeds."""
-    for name in ("last", "best"):
-        first, second = (tensors(checkpoint(folder, name)) for folder in (one, other))
-        first, second = ({k: v for k, v in state.items() if not k.startswith("/config/")} for state in (first, second))
-        assert first.keys() == second.keys()
-        for key, value in first.items():
-            same = torch.equal(value, second[key]) if isinstance(value, torch.Tensor) else value == second[key]
-            assert same, f"{name}: {key}"
-    assert losses(one) == losses(other)
-
-
-def losses(folder):
-    return [
-        (row["step"], row.get("train/loss"), row.get("train/grad_norm"), row.get("val/top1"), row.get("val_ema/loss"))
-        for row in read_metrics(folder / "run" / "metrics.jsonl")
-    ]
-
-
-def steps_logged(folder):
-    return [row["step"] for row in read_metrics(folder / "run" / "metrics.jsonl") if "train/loss" in row]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)

@@ -2,16 +2,14 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from contextual_cnn.engine.loggers import read_metrics
-from tests.conftest import ROOT, run_command, small_run, torchrun
-from tests.test_interruptions import assert_same_end, checkpoint
+from tests.conftest import run_command, small_run, torchrun
+from tests.endings import assert_same_end, checkpoint
+from tests.launched import Launched, is_running
 
 
 @pytest.fixture(scope="module")
@@ -20,61 +18,6 @@ def straight(image_root, tmp_path_factory):
     done = torchrun(2, *small_run(image_root, folder))
     assert done.returncode == 0, done.stderr
     return folder
-
-
-class Launched:
-    """scripts/launch.sh with two processes on this node."""
-
-    def __init__(self, folder: Path, *command: str, **environment: str) -> None:
-        self.output = folder / "output"
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "PYTHONUNBUFFERED": "1", **environment}
-        with self.output.open("w") as output:
-            self.process = subprocess.Popen(
-                ["bash", "scripts/launch.sh", "--standalone", "--nproc-per-node", "2", *command],
-                cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-        self.metrics = folder / "run" / "metrics.jsonl"
-
-    @property
-    def printed(self) -> str:
-        return self.output.read_text()
-
-    @property
-    def step(self) -> int:
-        return max((row["step"] for row in read_metrics(self.metrics)), default=0)
-
-    def wait_until(self, condition, timeout: float = 120) -> None:
-        deadline = time.monotonic() + timeout
-        while not condition():
-            assert time.monotonic() < deadline, self.printed
-            time.sleep(0.02)
-
-    def wait_until_step(self, step: int) -> None:
-        self.wait_until(lambda: self.step >= step)
-
-    def wait(self, timeout: float = 200) -> int:
-        return self.process.wait(timeout)
-
-    @property
-    def agent(self) -> int:
-        """torchrun's process; the shell's other children have gone."""
-        (agent,) = (pid for pid in children(self.process.pid) if children(pid))
-        return agent
-
-    @property
-    def workers(self) -> list[int]:
-        return sorted(children(self.agent))
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_a_signal_to_any_process_stops_all_at_the_same_step(straight, image_root, tmp_path):
@@ -142,6 +85,16 @@ def test_a_mistake_is_printed_once_and_not_tried_again(image_root, tmp_path):
     assert launched.wait() == 2, launched.printed
     assert launched.printed.count("error: there is no key optimizer.lrr") == 1
     assert "Traceback" not in launched.printed
+
+
+def test_a_process_that_always_dies_is_not_restarted_for_ever(tmp_path):
+    """Killed before it does anything, so that there is no progress: one start and MAX_RESTARTS more."""
+    script = tmp_path / "dies.sh"
+    script.write_text(f"echo started >> {tmp_path}/starts; sleep 0.2; kill -9 $$\n")
+    launched = Launched(tmp_path, "--no-python", "bash", str(script), MAX_RESTARTS="2")
+    assert launched.wait() == 1
+    assert (tmp_path / "starts").read_text().count("started") == 3 * 2
+    assert "exitcode  : -9 (pid: " in launched.printed
 
 
 def test_restarts_that_would_not_come_back_are_refused(image_root, tmp_path):

@@ -4,23 +4,27 @@ The keyword-only parameters of a group's function or class are the schema of tha
 what `build_model` takes, and nothing else. Positional parameters come from the program.
 """
 
+import contextlib
 import difflib
 import functools
+import hashlib
 import inspect
 import json
 import os
 import re
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TextIO, Union, get_args, get_origin, get_type_hints
 
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from contextual_cnn.distributed import end_with_launcher, is_main_process
+from contextual_cnn.distributed import end_with_launcher, world_size
 from contextual_cnn.errors import STOPPED, LostProcess, Stopped, UserError
 
 Schema = Mapping[str, Any]  # a key's type, or a Group
@@ -30,6 +34,7 @@ def run(main: Callable[[], None]) -> None:
     """Starts a Hydra main; a config that cannot be composed is the user's mistake too."""
     end_with_launcher()
     _report_status(0)
+    sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)
     # Hydra then raises its errors instead of printing them in its own way; ours are printed by _exit
     _wants_traceback()
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -58,7 +63,9 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
         except Stopped:
             _leave(STOPPED)
         except LostProcess as error:
-            sys.exit(f"error: {error}\n  fix: see what ended that process; the same command resumes")
+            print(f"error: {error}\n  fix: see what ended that process; the same command resumes", file=sys.stderr)
+            # A restart helps no mistake, whichever process of this node has made it
+            sys.exit(0 if _reported_status() == "2" else 1)
         except KeyboardInterrupt:
             sys.exit("interrupted; the same command resumes from the last checkpoint")
 
@@ -74,9 +81,25 @@ def _wants_traceback() -> bool:
 def _exit(error: UserError) -> NoReturn:
     if _wants_traceback():
         traceback.print_exc()
-    if is_main_process():  # once, not once per rank
-        print(f"error: {error}", file=sys.stderr)
+    if _is_first_to_say(str(error)):
+        where = f"\n  on: rank {os.environ['RANK']}, {socket.gethostname()}" if world_size() > 1 else ""
+        print(f"error: {error}{where}", file=sys.stderr)
     _leave(2)
+
+
+def _is_first_to_say(message: str) -> bool:
+    """Of the processes that torchrun started here together: a mistake of all is printed once, one of each by each."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # ATTEMPT/RANK/error.json
+    if error_file is None:
+        return True
+    said = Path(error_file).parent.parent / f"said_{hashlib.sha256(message.encode()).hexdigest()}"
+    try:
+        said.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # rather twice than never
+        return True
+    return True
 
 
 def _leave(status: int) -> NoReturn:
@@ -87,6 +110,12 @@ def _leave(status: int) -> NoReturn:
     sys.exit(0 if _report_status(status) else status)
 
 
+def _reported_status() -> str | None:
+    """What a process of this node has written."""
+    path = os.environ.get("CONTEXTUAL_CNN_STATUS_FILE")
+    return Path(path).read_text() if path is not None else None
+
+
 def _report_status(status: int) -> bool:
     """Whether there is somebody who reads it."""
     path = os.environ.get("CONTEXTUAL_CNN_STATUS_FILE")
@@ -95,6 +124,25 @@ def _report_status(status: int) -> bool:
     with open(path, "w") as file:
         file.write(f"{status}")
     return True
+
+
+class _Lasting:
+    """A terminal or a pipe that may go away: then what is printed is lost, and not the run."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class Group:
@@ -236,6 +284,11 @@ def _explain(error: Exception) -> UserError:
         near = difflib.get_close_matches(name, error.options, n=1, cutoff=0.3)
         hint = f"did you mean {group}={near[0]}? " if near else ""
         return UserError(f"there is no {group} named {name}", f"{hint}there are {', '.join(error.options)}")
+    if unreadable := re.search(r"LexerNoViableAltException: ([\w.]+)=(.*)", str(error.__cause__ or error)):
+        key, value = unreadable.groups()
+        return UserError(
+            f"{key}={value} has unusual characters", f"with quotes that the shell leaves: \"{key}='{value}'\""
+        )
     reason = error.__cause__ or error
     key, parent = getattr(reason, "full_key", None), getattr(reason, "parent_node", None)
     if isinstance(error, ConfigCompositionException) and key and isinstance(parent, DictConfig):

@@ -60,24 +60,36 @@ def process_group(device: str = "auto", timeout_minutes: float = 10) -> Iterator
     where = _device(device, local_rank)
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    if size > 1:
-        # device_id makes NCCL connect now rather than in the middle of the first step
-        dist.init_process_group(
-            "nccl" if where.type == "cuda" else "gloo",
-            timeout=timedelta(minutes=timeout_minutes),
-            device_id=where if where.type == "cuda" else None,
-        )
     try:
+        if size > 1:
+            _join(where, timeout_minutes)
         yield World(rank, size, local_rank, where)
     except RuntimeError as error:
         if _is_about_a_peer(error):
+            when = "".join(f", {note}" for note in getattr(error, "__notes__", ()))
             raise LostProcess(
-                f"rank {rank}: another process of the run has ended, or did not answer within {timeout_minutes:g} min "
-                f"({str(error).splitlines()[0]:.150})"
+                f"rank {rank}{when}: another process of the run has ended, or did not answer within "
+                f"{timeout_minutes:g} min ({str(error).splitlines()[0]:.150})"
             ) from error
         raise
     if dist.is_initialized():  # after a failure it would wait for those that do not come
         dist.destroy_process_group()
+
+
+def _join(device: torch.device, timeout_minutes: float) -> None:
+    try:
+        # device_id makes NCCL connect now rather than in the middle of the first step
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(minutes=timeout_minutes),
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (dist.DistError, ValueError) as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise LostProcess(
+            f"rank {os.environ.get('RANK')}: {world_size()} processes were to meet at {place} within "
+            f"{timeout_minutes:g} min, and did not ({str(error).splitlines()[0]:.150})"
+        ) from error
 
 
 def end_with_launcher() -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import threading
 
 import pytest
 import torch
@@ -36,6 +37,32 @@ def test_the_file_that_is_replaced_can_be_kept(tmp_path):
     for step in (1, 2, 3):
         write_checkpoint(state(step=step), last, previous)
     assert (step_of(last), step_of(previous)) == (3, 2)
+
+
+def test_whoever_reads_while_it_is_rewritten_gets_a_whole_file(tmp_path):
+    last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
+    write_checkpoint(state(step=0), last)
+    writer = threading.Thread(
+        target=lambda: [write_checkpoint(state(step=step), last, previous) for step in range(1, 100)]
+    )
+    writer.start()
+    seen = [load_checkpoint(last)["step"]]
+    while writer.is_alive():
+        seen.append(load_checkpoint(last)["step"])
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 5
+
+
+def test_without_hard_links_the_replaced_file_is_kept_too(tmp_path, monkeypatch):
+    def link(*_):
+        raise PermissionError("this file system has no hard links")
+
+    monkeypatch.setattr(os, "link", link)
+    last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
+    for step in (1, 2, 3):
+        write_checkpoint(state(step=step), last, previous)
+    assert (step_of(last), step_of(previous)) == (3, 2)
+    assert sorted(os.listdir(tmp_path)) == ["last.pt", "previous.pt"]
 
 
 def test_a_write_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
@@ -110,6 +137,8 @@ def test_what_is_no_checkpoint_is_refused_and_not_run(tmp_path):
         load_checkpoint(path)
     with pytest.raises(UserError, match="there is no checkpoint"):
         load_checkpoint(tmp_path / "nowhere.pt")
+    write_whole(state(format=1), path)
+    assert load_checkpoint(path)["step"] == 7  # older formats go on being read
 
 
 def test_a_run_folder_means_its_best_checkpoint(tmp_path):

@@ -4,6 +4,7 @@ import os
 import random
 import resource
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ def state(step, weight=1.0):
 
 
 def saved(folder, *steps):
+    folder.mkdir(exist_ok=True)
     store = CheckpointStore(folder)
     for step in steps:
         store.save(state(step))
@@ -141,6 +143,47 @@ def test_a_folder_that_is_gone_stops_nothing(tmp_path, caplog):
     store.save(state(1))
     store.wait()
     assert "the folder is gone" in caplog.text
+
+
+def test_too_little_room_is_foretold(tmp_path, monkeypatch, caplog):
+    store = saved(tmp_path, 1)
+    store.warn_of_little_room(state(2))
+    assert caplog.text == ""
+    monkeypatch.setattr(checkpoint_store.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3000))
+    large = {"model": {"w": torch.zeros(2**20)}}
+    store.warn_of_little_room(large)
+    assert "the checkpoints will need 16 MiB" in caplog.text
+    assert "has 0 MiB free: make room before they fill it" in caplog.text
+
+
+def test_a_left_over_that_cannot_be_removed_is_a_save_that_failed(tmp_path, caplog):
+    store = saved(tmp_path, 1)
+    (tmp_path / "last.tmp").mkdir()
+    store.save(state(2))
+    store.wait()
+    assert "the checkpoint of step 2 was not written" in caplog.text
+    assert step_of(store.last) == 1
+    (tmp_path / "last.tmp").rmdir()
+    store.save(state(3))
+    store.close()
+    assert step_of(store.last) == 3
+
+
+def test_a_link_is_named_and_its_target_left_alone(tmp_path, caplog):
+    elsewhere = saved(tmp_path / "elsewhere", 5).last
+    before = elsewhere.read_bytes()
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "last.pt").symlink_to(elsewhere)
+    store = CheckpointStore(run)
+    assert store.newest()[1]["step"] == 5
+    assert f"last.pt is a link to {elsewhere}" in caplog.text
+    for step in (6, 7):
+        store.save(state(step))
+    store.close()
+    assert step_of(store.last) == 7
+    assert not store.last.is_symlink()
+    assert elsewhere.read_bytes() == before
 
 
 def test_weights_that_are_not_finite_replace_nothing(tmp_path, caplog):

@@ -61,3 +61,20 @@ def test_unreachable_wandb_goes_offline_in_seconds(tmp_path, monkeypatch):
     logger.close()
     assert list((tmp_path / "wandb").glob("offline-run-*"))
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 1.0}]
+
+
+def test_wandb_writes_nowhere_but_in_the_run_folder(tmp_path, monkeypatch, caplog):
+    """Where it cannot make its folder, W&B falls back to the one for temporary files, which everybody can look into."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "wandb").write_text("a file where the folder would be")
+    logger = open_loggers(run, {"lr": 0.1}, "name", 0, wandb="offline")
+    logger.log(1, {"train/loss": 1.0})
+    logger.close()
+    assert "W&B is left out, as its folder cannot be written" in caplog.text
+    assert not list(temporary.iterdir())
+    assert read_metrics(run / "metrics.jsonl") == [{"step": 1, "train/loss": 1.0}]

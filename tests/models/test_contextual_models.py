@@ -1,5 +1,6 @@
 """Contextual ConvNeXt and ResNet: drop-ins for their plain twins, staged in training, dense in evaluation."""
 
+import os
 from typing import get_args
 
 import pytest
@@ -290,3 +291,14 @@ def test_damaged_or_hostile_weights_are_refused(tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match="cannot be read"):
             atto(weights=str(path))
+
+
+def test_weights_that_want_to_run_code_are_refused(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "was_run"),)
+
+    torch.save({"stem.0.weight": Payload()}, tmp_path / "weights.pth")
+    with pytest.raises(UserError):
+        build_model(name="contextual_convnext_atto", num_classes=4, weights=str(tmp_path / "weights.pth"))
+    assert not (tmp_path / "was_run").exists()

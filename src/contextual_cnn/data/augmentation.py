@@ -62,6 +62,11 @@ class Augmentation:
                     f"augment.{key} is a share between 0 and 1, got {getattr(self, key)}",
                     f"augment.{key}=0 turns it off",
                 )
+        for key in ("mixup", "cutmix"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise UserError(
+                    f"augment.{key} is 0 or more, got {getattr(self, key)}", f"augment.{key}=0 turns it off"
+                )
         for key in ("scale", "ratio"):
             low_high = getattr(self, key)
             if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:

@@ -80,7 +80,8 @@ class ImageData:
             )
         if not 0 < crop_pct <= 1:
             raise UserError(f"data.crop_pct is a share between 0 and 1, got {crop_pct}", "data.crop_pct=0.875")
-        for key, value in (("repeats", repeats), ("shuffle_shards", shuffle_shards)):
+        at_least_one = dict(repeats=repeats, shuffle_shards=shuffle_shards, threads=threads, prefetch=prefetch)
+        for key, value in (at_least_one | dict(eval_batch_size=eval_batch_size)).items():
             if value is not None and value < 1:
                 raise UserError(f"data.{key} must be 1 or more, got {value}", f"data.{key}=1")
         if max_bad_images < 0:

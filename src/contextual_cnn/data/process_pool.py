@@ -62,8 +62,8 @@ def run_parts(
     return done
 
 
-def progress_bar() -> Progress:
-    """A bar on standard error, which leaves standard output to results."""
+def progress_bar(console: Console | None = None) -> Progress:
+    """A bar on a console; without one on standard error, which leaves standard output to results."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -71,7 +71,7 @@ def progress_bar() -> Progress:
         TimeElapsedColumn(),
         TextColumn("eta"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console or Console(stderr=True),
     )
 
 

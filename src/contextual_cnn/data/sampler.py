@@ -43,8 +43,8 @@ class BatchPlan:
         """
         if global_batch < 1 or micro_batch < 1:
             raise UserError(
-                f"batch sizes must be positive, got global {global_batch} and micro {micro_batch}",
-                "set trainer.global_batch_size and trainer.micro_batch_size",
+                f"trainer.global_batch_size={global_batch} and micro_batch_size={micro_batch} must be 1 or more",
+                "trainer.global_batch_size=4096 trainer.micro_batch_size=128",
             )
         if global_batch % world_size:
             down, up = global_batch // world_size * world_size, -(-global_batch // world_size) * world_size

@@ -77,7 +77,7 @@ def write_checkpoint(state: dict[str, Any], path: Path, previous: Path | None = 
         temporary.unlink(missing_ok=True)
         raise
     if previous is not None and path.exists():
-        path.replace(previous)
+        _keep(path, previous)
     temporary.replace(path)
     _sync_folder(path.parent)
 
@@ -176,6 +176,18 @@ def _refused_part(error: Exception) -> str:
     """What the unpickler stopped at, without torch's advice to switch the check off."""
     lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
     return lines[0].split(". ")[0] if lines else type(error).__name__
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """The file under its second name too: there is no moment without `path`, which somebody may be about to read."""
+    link = previous.with_suffix(".tmp")
+    try:
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+    except OSError:  # a file system without hard links
+        path.replace(previous)
+    else:
+        link.replace(previous)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from contextual_cnn.errors import UserError
 
 log = logging.getLogger(__name__)
 
+FILES = 4  # at most at once: last, previous, best, and the one that is being written
 _RETRY_AFTER = 60  # seconds after a write that failed
 
 
@@ -48,6 +50,16 @@ class CheckpointStore:
         self._writer: threading.Thread | None = None
         self._failure: UserError | None = None
         self._saved_step, self._saved_at = 0, time.monotonic()
+
+    def warn_of_little_room(self, state: dict[str, Any]) -> None:
+        """Says in time that the disk will not hold this state as often as the run keeps it."""
+        there = sum(path.stat().st_size for path in (self.last, self.previous, self.best) if path.exists())
+        needed, free = FILES * tensor_bytes(state) - there, shutil.disk_usage(self.folder).free
+        if needed > free:
+            log.warning(
+                "the checkpoints will need %.0f MiB, and %s has %.0f MiB free: make room before they fill it",
+                *(needed / 2**20, self.folder, free / 2**20),
+            )
 
     def is_due(self, step: int) -> bool:
         """Whether a state inside an epoch is worth saving now, or one that could not be written is tried again."""
@@ -93,6 +105,9 @@ class CheckpointStore:
         """
         found = [path for path in (self.last, self.previous, self.best) if path.exists()]
         steps = {path: step_of(path) for path in found}
+        for path in found:
+            if path.is_symlink() and is_main_process():
+                log.warning("%s is a link to %s", path, path.resolve())
         damaged = []
         # Those without a manifest first, so that they are mentioned
         for path in sorted(found, key=lambda path: float("inf") if steps[path] is None else steps[path], reverse=True):
@@ -140,6 +155,15 @@ class CheckpointStore:
             "what was written before is intact",
             "make room or make the folder writable, then start the same command again: it resumes",
         )
+
+
+def tensor_bytes(value: Any) -> int:
+    """What the tensors of a state take, in memory as on disk."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(map(tensor_bytes, value.values()))
+    return sum(map(tensor_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
 def _snapshot(state: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:

@@ -11,21 +11,19 @@ import resource
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
 
 from contextual_cnn.distributed import gather_numbers
+from contextual_cnn.engine.checkpoint_store import FILES, tensor_bytes
 from contextual_cnn.engine.trainer import Trainer
 from contextual_cnn.errors import UserError
 from contextual_cnn.models import describe
 
 _MICRO_BATCHES = 8  # measured at least: more than a loader holds ready, so that its own speed shows
-_CHECKPOINTS = 4  # last, previous, best, and the one that is being written
 _POINTS = 1000  # of the schedule's picture
 
 
@@ -78,20 +76,12 @@ def rehearse(trainer: Trainer, folder: Path) -> Forecast:
     """
     plan, first_step = trainer.plan, trainer.step
     steps = max(1, -(-_MICRO_BATCHES // plan.accumulation))
-    try:
-        metrics = _measure(trainer, steps)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the memory of {trainer.world.device} does not suffice for {plan.micro_batch} images at once",
-            f"trainer.micro_batch_size={max(1, plan.micro_batch // 2)} (the global batch stays {plan.global_batch}), "
-            "or model.grad_checkpointing=true",
-        ) from error
+    metrics = _measure(trainer, steps)
     peak, memory = _memory(trainer.world.device)
-    state = [trainer.module.state_dict(), trainer.optimizer.state_dict()]
-    checkpoint = _tensor_bytes([*state, trainer.ema.module.state_dict() if trainer.ema is not None else None])
+    checkpoint = tensor_bytes(trainer.train_step.state())
     return Forecast(
         model=trainer.config["model"]["name"],
-        parameters=sum(parameter.numel() for parameter in trainer.module.parameters()),
+        parameters=sum(parameter.numel() for parameter in trainer.train_step.module.parameters()),
         device=_device_name(trainer.world.device),
         images={split: len(source) for split, source in trainer.data.sources.items()},
         classes=trainer.data.num_classes,
@@ -110,7 +100,7 @@ def rehearse(trainer: Trainer, folder: Path) -> Forecast:
         peak_memory=max(theirs for (theirs,) in gather_numbers([peak])),
         memory=memory,
         checkpoint=checkpoint,
-        disk_needed=_CHECKPOINTS * checkpoint,
+        disk_needed=FILES * checkpoint,
         disk_free=shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.is_dir())).free,
     )
 
@@ -120,8 +110,8 @@ def learning_rates(trainer: Trainer) -> list[tuple[int, float]]:
     stride = max(1, trainer.last_step // _POINTS)
     points = []
     for step in sorted({*range(0, trainer.last_step, stride), trainer.last_step - 1}):
-        trainer.schedule.step_update(step)
-        points.append((step, max(group["lr"] for group in trainer.optimizer.param_groups)))
+        trainer.train_step.schedule.step_update(step)
+        points.append((step, trainer.train_step.lr))
     return points
 
 
@@ -145,11 +135,11 @@ def _measure(trainer: Trainer, steps: int) -> dict[str, float]:
     batches = trainer.data.train_batches(
         trainer.plan, trainer.augmentation, trainer.seed, trainer.world, first_step=trainer.step
     )
-    trainer.module.train()
-    trainer.train_step(batches)
+    trainer.train_step.module.train()
+    trainer.train_step(trainer.step, batches)
     trainer.meter.read()
-    for _ in range(steps):
-        trainer.train_step(batches)
+    for step in range(trainer.step + 1, trainer.step + 1 + steps):
+        trainer.train_step(step, batches)
     metrics, _ = trainer.meter.read()
     return metrics
 
@@ -166,14 +156,6 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def _tensor_bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, dict):
-        return sum(map(_tensor_bytes, value.values()))
-    return sum(map(_tensor_bytes, value)) if isinstance(value, list | tuple) else 0
-
-
 def _table(trainer: Trainer, forecast: Forecast) -> Table:
     """What people decide by, with what is worth a second look in red."""
     f, rates = forecast, learning_rates(trainer)
@@ -186,7 +168,7 @@ def _table(trainer: Trainer, forecast: Forecast) -> Table:
         "batches": str(trainer.plan),
         "steps": f"{f.steps_per_epoch} an epoch, {f.steps} in all{left}",
         "learning rate": f"{rates[0][1]:.3g} -> {peak:.3g} at step {top} -> {rates[-1][1]:.3g} (lr_schedule.png)",
-        "model": f"{f.model}: {describe(trainer.module)}",
+        "model": f"{f.model}: {describe(trainer.train_step.module)}",
         "loss of the measured steps": f"{f.loss:.4f}",
         "peak memory of a process, training": f"{_gib(f.peak_memory)} of {_gib(f.memory)} ({f.device})",
         "speed": f"{f.seconds_per_step:.3g} s a step, {f.images_per_second:.1f} images/s, "

@@ -5,14 +5,8 @@ import time
 from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+
+from contextual_cnn.data.process_pool import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -49,15 +43,7 @@ class ProgressDisplay:
         self._first_step, self._started = first_step, time.perf_counter()
         self._bar = None
         if console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("eta"),
-                TimeRemainingColumn(),
-                console=console,
-            )
+            self._bar = progress_bar(console)
             self._task = self._bar.add_task("starting", total=steps, completed=first_step)
 
     def __enter__(self) -> "ProgressDisplay":

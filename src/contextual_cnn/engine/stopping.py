@@ -30,7 +30,9 @@ class StopRequest:
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        self._handlers = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        # SIGHUP, of a terminal that is closed, is ignored under nohup, and then stays so
+        hang_up = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+        self._handlers = {number: signal.signal(number, self._note) for number in (*_SIGNALS, *hang_up)}
         return self
 
     def __exit__(self, *_) -> None:

@@ -4,19 +4,14 @@ It can be left after any step, and goes on from there as if it had not been left
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3, distribute_bn
+from timm.utils import distribute_bn
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from contextual_cnn.contracts import Batch, StagedLoss, StagedScores
 from contextual_cnn.data import Augmentation, ImageData
 from contextual_cnn.data.augmentation import BatchAugmentation
 from contextual_cnn.data.sampler import BatchPlan
@@ -24,14 +19,12 @@ from contextual_cnn.distributed import AnyRank, World, barrier
 from contextual_cnn.engine.checkpoint_store import CheckpointStore
 from contextual_cnn.engine.evaluator import EvaluationStopped, evaluate
 from contextual_cnn.engine.loggers import MetricsLogger
-from contextual_cnn.engine.nonfinite import explain_nonfinite
 from contextual_cnn.engine.progress import ProgressDisplay, describe_evaluation
-from contextual_cnn.engine.stopping import StopRequest, seconds_of
-from contextual_cnn.engine.train_meter import TrainMeter
-from contextual_cnn.errors import UserError
+from contextual_cnn.engine.stopping import StopRequest
+from contextual_cnn.engine.trainer_settings import TrainerSettings
+from contextual_cnn.engine.training_step import TrainingStep
+from contextual_cnn.engine.watchdog import Watchdog
 from contextual_cnn.losses import StagedCrossEntropy
-from contextual_cnn.optim import step_if_finite
-from contextual_cnn.randomness import Purpose, seed_all
 
 if TYPE_CHECKING:
     from contextual_cnn.data.dali import EvaluationBatches
@@ -39,66 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MOST_ROLLBACKS = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainerSettings:
-    """How the loop runs; nothing here is about the model.
-
-    device: "auto" takes a GPU where there is one.
-    precision: "auto" is bfloat16 autocast on a GPU and float32 on a CPU.
-    global_batch_size: images per optimizer step over all processes (paper: 4096).
-    micro_batch_size: images per process and forward pass; the accumulation follows from it.
-    ema_decay: per optimizer step; null keeps no average. Evaluated beside the raw weights.
-    ema_warmup: lets the decay grow to its value, for runs too short for it.
-    grad_clip: largest norm of the gradient; null does not clip.
-    max_steps: ends the run early, without bending the schedule.
-    max_time: ends the run in order after "hours:minutes:seconds", or a number of hours, of this process;
-        the same command goes on.
-    on_nonfinite: a step whose loss or gradient is not finite is skipped in any case. "skip" stops the run after
-        max_skipped_steps of them in a row, "rollback" then goes back to the weights of the newest checkpoint and on
-        with the data that follow, and "stop" takes no further step after the first and stops when it is noticed,
-        which is when metrics are logged.
-    max_skipped_steps: see on_nonfinite.
-    timeout_minutes: how long a process waits for one that does not answer.
-    dry_run: takes a few steps, tells what the whole run will need, and leaves everything as it was.
-    """
-
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    global_batch_size: int = 4096
-    micro_batch_size: int = 128
-    channels_last: bool = True
-    compile: bool = False
-    ema_decay: float | None = 0.9999
-    ema_warmup: bool = False
-    grad_clip: float | None = None
-    max_steps: int | None = None
-    max_time: str | float | None = None
-    on_nonfinite: Literal["skip", "stop", "rollback"] = "skip"
-    max_skipped_steps: int = 10
-    log_every: int = 50
-    eval_every: int = 1
-    timeout_minutes: float = 10
-    dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        for key in ("log_every", "eval_every", "max_skipped_steps", "max_steps"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise UserError(f"trainer.{key} must be 1 or more, got {getattr(self, key)}", f"trainer.{key}=1")
-        seconds_of(self.max_time)
-        if self.grad_clip is not None and self.grad_clip <= 0:
-            raise UserError(f"trainer.grad_clip must be above 0, got {self.grad_clip}", "trainer.grad_clip=null is off")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise UserError(
-                f"trainer.ema_decay must be at least 0 and below 1, got {self.ema_decay}",
-                "trainer.ema_decay=0.9999",
-            )
-
-    def autocast(self, device: torch.device):
-        """The autocast context of this precision on this device; may be entered again and again."""
-        bf16 = self.precision == "bf16" or (self.precision == "auto" and device.type == "cuda")
-        return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+_MOST_DATA_WAIT = 20  # percent of the time
 
 
 class Trainer:
@@ -133,28 +67,29 @@ class Trainer:
         self.settings, self.world, self.plan, self.seed = settings, world, plan, seed
         self.data, self.augmentation, self.store = data, augmentation, store
         self.config, self.listing = config, listing
-        self.module, self.loss, self.optimizer, self.schedule = model, loss, optimizer, schedule
-        self.ema = None
-        if settings.ema_decay is not None:
-            self.ema = ModelEmaV3(model, decay=settings.ema_decay, use_warmup=settings.ema_warmup)
         whole = epochs * plan.steps_per_epoch
         self.last_step = min(whole, settings.max_steps or whole)
         self.step, self.best = 0, {"top1": -1.0, "epoch": 0, "weights": "raw"}
         self._ended_step = 0  # the last step after which the end of an epoch has been dealt with
+        self._watchdog, self._phase = Watchdog(60 * settings.timeout_minutes, world.rank), "start"
+        self._warned_of_stalls = False
         self._skipping, self._rollbacks, self._rolled_back_at = False, 0, -settings.max_skipped_steps
         if state is not None:
-            self._restore(state)
-        # Wrapped last: the EMA copy and the checkpoints see the bare module, whose names have no prefix
-        self.model = torch.compile(model) if settings.compile else model
-        if world.size > 1:
-            self.model = DistributedDataParallel(
-                self.model,
-                device_ids=[world.device] if world.device.type == "cuda" else None,
-                gradient_as_bucket_view=True,
-                static_graph=plan.accumulation == 1,  # with no_sync in the first step it fails inside torch
-            )
-        self.augment = BatchAugmentation(augmentation, data.num_classes)
-        self.meter = TrainMeter(world)
+            self.step, self.best, self._ended_step = state["step"], state["best"], state["ended_step"]
+        self.train_step = TrainingStep(
+            settings,
+            model=model,
+            loss=loss,
+            optimizer=optimizer,
+            schedule=schedule,
+            augment=BatchAugmentation(augmentation, data.num_classes),
+            bad_images=data.bad_images,
+            plan=plan,
+            seed=seed,
+            world=world,
+            state=state,
+        )
+        self.meter = self.train_step.meter
 
     def fit(self, logger: MetricsLogger, console: Console, request: StopRequest) -> bool:
         """Trains until the run is complete, or until a process is asked to stop; then everything is saved.
@@ -165,11 +100,19 @@ class Trainer:
         Raises:
             UserError: the last checkpoint could not be written, or the gradients stay non-finite.
         """
+        try:
+            with self._watchdog:
+                return self._fit(logger, console, request)
+        except RuntimeError as error:
+            error.add_note(f"in the {self._phase} after step {self.step}")
+            raise
+
+    def _fit(self, logger: MetricsLogger, console: Console, request: StopRequest) -> bool:
         batches = self.data.train_batches(self.plan, self.augmentation, self.seed, self.world, self.step)
         val_batches = self.data.evaluation_batches(self.world)
-        any_rank = AnyRank()
+        first_step, any_rank = self.step, AnyRank()
         stopping = False
-        self.module.train()
+        self.train_step.module.train()
         self.meter.restart_clock()
         with ProgressDisplay(console, self.last_step, self.plan.steps_per_epoch, self.step) as progress:
             while True:
@@ -177,7 +120,11 @@ class Trainer:
                     stopping = not self._end_epoch(val_batches, logger, request)
                 if stopping or self.is_complete:
                     break
-                self.train_step(batches)
+                self._enter("training")
+                self.train_step(self.step, batches)
+                self.step += 1
+                if self.world.is_main and self.step == first_step + 1:  # the optimizer's state is there now
+                    self.store.warn_of_little_room(self._state())
                 progress.advance(self.step)
                 stopping = any_rank(request.reason is not None)
                 if stopping or self._owes_epoch_end or self.step % self.settings.log_every == 0:
@@ -187,6 +134,11 @@ class Trainer:
             self.store.save(self._state())
         self.store.close()
         return not stopping
+
+    def _enter(self, phase: str) -> None:
+        """The run has got on; what an error is noted to have happened in."""
+        self._phase = phase
+        self._watchdog.beat(f"the {phase} after step {self.step}")
 
     @property
     def is_complete(self) -> bool:
@@ -208,48 +160,6 @@ class Trainer:
         """Whether the weights look like something to go back to: a rollback must not end where it began."""
         return not self._skipping and self.step - self._rolled_back_at > self.settings.max_skipped_steps
 
-    def train_step(self, batches: Iterator[Batch]) -> None:
-        """One optimizer step: accumulate, guard, step, average."""
-        self.schedule.step_update(self.step)
-        self.optimizer.zero_grad(set_to_none=True)
-        for accumulated in range(self.plan.accumulation):
-            with self.meter.waiting_for_data():
-                batch = next(batches)
-            batch = self._augment(batch, self.step, accumulated)
-            self._accumulate(batch, last=accumulated == self.plan.accumulation - 1)
-        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.grad_clip or float("inf"))
-        finite = torch.isfinite(norm)  # of the reduced gradient, hence the same on all ranks
-        if self.settings.on_nonfinite == "stop":
-            finite = finite & (self.meter.skipped_in_a_row == 0)  # the first one to be skipped is the last one
-        step_if_finite(self.optimizer, finite)
-        if self.ema is not None:
-            self.ema.update(self.module, step=self.step + 1 if self.settings.ema_warmup else None)
-        self.meter.add_step(norm, finite)
-        self.meter.add_bad_images(self.data.bad_images.take_replaced())
-        self.step += 1
-
-    def _augment(self, batch: Batch, step: int, accumulated: int) -> Batch:
-        """All that is drawn for a micro-batch hangs on its number, not on who computes it or what came before."""
-        seed_all(Purpose.MICRO_BATCH, self.seed, self.plan.micro_batch_number(step, accumulated, self.world.rank))
-        return self.augment(batch)
-
-    def _forward(self, model: nn.Module, batch: Batch) -> tuple[StagedScores, StagedLoss]:
-        images = batch.images
-        if self.settings.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with self.settings.autocast(self.world.device):
-            scores = StagedScores.of(model(images))
-        return scores, self.loss(scores, batch.targets)
-
-    def _accumulate(self, batch: Batch, last: bool) -> None:
-        """Forward and backward of one micro-batch; gradients cross the ranks with the last one only."""
-        with self.model.no_sync() if self.world.size > 1 and not last else nullcontext():
-            scores, loss = self._forward(self.model, batch)
-            # An infinite loss may have finite gradients: made NaN, they reach all ranks, which skip the step alike
-            is_finite = torch.isfinite(loss.total.detach())
-            loss.total.backward(torch.where(is_finite, 1 / self.plan.accumulation, torch.nan))
-        self.meter.add_micro_batch(scores, loss, batch.targets)
-
     def _log_step(self, logger: MetricsLogger, progress: ProgressDisplay) -> None:
         """Reads and shows the metrics; the one place in the loop that waits for the device.
 
@@ -257,18 +167,31 @@ class Trainer:
             UserError: losses or gradients have not been finite for too long.
         """
         measured, skipped_in_a_row = self.meter.read()
-        measured["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
+        measured["lr"] = self.train_step.lr
         measured["epoch"] = self.step / self.plan.steps_per_epoch
         metrics = {f"train/{name}": value for name, value in measured.items()}
         logger.log(self.step, metrics)
         progress.report(self.step, metrics)
+        self._warn_of_stalls(measured["data_wait"])
         self._skipping = skipped_in_a_row > 0
         patience = 1 if self.settings.on_nonfinite == "stop" else self.settings.max_skipped_steps
         if skipped_in_a_row < patience:
             return
         if self.settings.on_nonfinite == "rollback" and self._roll_back():
             return
-        raise self._nonfinite_error(self.step - skipped_in_a_row, skipped_in_a_row)
+        first = self.step - skipped_in_a_row
+        batches = self.data.train_batches(self.plan, self.augmentation, self.seed, self.world, first)
+        raise self.train_step.nonfinite_error(first, batches, skipped_in_a_row, self.store.folder.parent / "nonfinite")
+
+    def _warn_of_stalls(self, data_wait: float) -> None:
+        """Once; the figure is in every line of the log."""
+        if data_wait > _MOST_DATA_WAIT and not self._warned_of_stalls and self.world.is_main:
+            log.warning(
+                "step %d: %.0f %% of the time went by in waiting for images; more data.threads, a faster disk or "
+                "smaller images would help",
+                *(self.step, data_wait),
+            )
+            self._warned_of_stalls = True
 
     def _roll_back(self) -> bool:
         """Weights and averages of the newest checkpoint, at the step where the run is; False if that cannot be done.
@@ -290,29 +213,10 @@ class Trainer:
             path,
             state["step"],
         )
-        self._restore_weights(state)
+        self.train_step.restore(state)
         self.meter.skipped_in_a_row.zero_()
         self._rollbacks, self._rolled_back_at, self._skipping = self._rollbacks + 1, self.step, False
         return True
-
-    def _nonfinite_error(self, step: int, skipped: int) -> UserError:
-        """What the first of the skipped steps looks like: computed again, which gives the same draws and weights."""
-        self.schedule.step_update(step)
-        batches = self.data.train_batches(self.plan, self.augmentation, self.seed, self.world, step)
-        prepared = (self._augment(next(batches), step, i) for i in range(self.plan.accumulation))
-        found = explain_nonfinite(
-            ((batch, lambda batch=batch: self._forward(self.module, batch)[1]) for batch in prepared),
-            folder=self.store.folder.parent / "nonfinite",
-            step=step,
-            lr=max(group["lr"] for group in self.optimizer.param_groups),
-            world=self.world,
-        )
-        return UserError(
-            f"loss or gradients were not finite for {skipped} steps from step {step + 1} on ({found}); "
-            "they changed no weight",
-            "try a smaller optimizer.lr, trainer.grad_clip=1.0, trainer.precision=fp32 or "
-            "trainer.on_nonfinite=rollback, under a new run_name",
-        )
 
     def _save_inside_epoch(self) -> None:
         """Where an epoch ends, that is saved with its evaluation."""
@@ -337,14 +241,22 @@ class Trainer:
         return True
 
     def _evaluate(self, val_batches: "EvaluationBatches", request: StopRequest) -> tuple[dict[str, float], bool]:
-        models = {"raw": self.module} | ({"ema": self.ema.module} if self.ema is not None else {})
+        models = {"raw": self.train_step.module}
+        self._enter("evaluation")
+        if self.train_step.ema is not None:
+            models["ema"] = self.train_step.ema.module
         if self.world.size > 1:
-            for model in models.values():  # running statistics of batch norms differ from rank to rank
-                distribute_bn(model, self.world.size, reduce=True)
+            # Running statistics of batch norms differ from rank to rank. Those of rank 0 count, as in DDP's forward
+            # and in a checkpoint: so a run that goes on from one ends with the same bits
+            for model in models.values():
+                distribute_bn(model, self.world.size, reduce=False)
         autocast = self.settings.autocast(self.world.device)
-        reports = evaluate(
-            models, val_batches, val_batches.images, self.world, autocast, lambda: request.reason is not None
-        )
+
+        def should_stop() -> bool:
+            self._enter("evaluation")
+            return request.reason is not None
+
+        reports = evaluate(models, val_batches, val_batches.images, self.world, autocast, should_stop)
         epoch = -(-self.step // self.plan.steps_per_epoch)  # the one that the step belongs to, counted from 1
         weights = max(reports, key=lambda name: reports[name]["top1"])
         is_best = reports[weights]["top1"] > self.best["top1"]
@@ -360,7 +272,7 @@ class Trainer:
 
     def _warn_of_collapse(self, report: dict[str, float]) -> None:
         """A staged loss can fall by losing targets; a shortlist no better than a random one shows it."""
-        counts = getattr(self.module, "shortlist_sizes", ())
+        counts = getattr(self.train_step.module, "shortlist_sizes", ())
         for i, count in enumerate(counts, start=1):
             recall, chance = report[f"recall_stage{i}"], 100 * count / self.data.num_classes
             if recall < 1.1 * chance and chance < 90:
@@ -375,9 +287,7 @@ class Trainer:
             "step": self.step,
             "epoch": self.epoch,
             "ended_step": self._ended_step,
-            "model": self.module.state_dict(),
-            "ema": self.ema.module.state_dict() if self.ema is not None else None,
-            "optimizer": self.optimizer.state_dict(),
+            **self.train_step.state(),
             "best": self.best,
             "config": self.config,
             "classes": list(self.data.classes),
@@ -385,19 +295,3 @@ class Trainer:
             "listing": self.listing,
             "batches": [self.plan.world_size, self.plan.micro_batch],
         }
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        """Everything that a step depends on; the schedule, the data and all draws follow from the step."""
-        self._restore_weights(state)
-        self.step, self.best, self._ended_step = state["step"], state["best"], state["ended_step"]
-
-    def _restore_weights(self, state: dict[str, Any]) -> None:
-        self.module.load_state_dict(state["model"])
-        if self.ema is not None and state["ema"] is not None:
-            self.ema.module.load_state_dict(state["ema"])
-        # The config's options, not the checkpoint's; but for lr, which the schedule sets with every step
-        groups = self.optimizer.param_groups
-        options = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, configured in zip(self.optimizer.param_groups, options, strict=True):
-            group.update(configured)

@@ -7,6 +7,7 @@ import logging
 import netrc
 import os
 import secrets
+import tempfile
 import threading
 from pathlib import Path
 from queue import SimpleQueue
@@ -69,6 +70,11 @@ class WandbLogger:
 
     def _open(self, mode: str, options: dict[str, Any]) -> Any:
         """The run online if that is the mode, else or failing that offline; None if W&B does not work at all."""
+        try:
+            tempfile.TemporaryFile(dir=_made(self._folder / "wandb")).close()
+        except OSError as error:  # W&B would go to the system's folder for temporary files, which others can see
+            log.warning("W&B is left out, as its folder cannot be written (%s)", error)
+            return None
         for attempt in dict.fromkeys((mode, "offline")):
             try:
                 import wandb
@@ -101,6 +107,11 @@ def has_wandb_key() -> bool:
         return netrc.netrc().authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def _run_id(folder: Path) -> str:

@@ -31,7 +31,7 @@ class StagedCrossEntropy(nn.Module):
 
     def __init__(self, *, alpha: float = 0.15, reduction: Reduction = "considered") -> None:
         super().__init__()
-        if alpha < 0:
+        if not alpha >= 0:  # a NaN neither
             raise UserError(f"loss.alpha must not be negative, got {alpha}", "the paper's value is loss.alpha=0.15")
         self.alpha = alpha
         self.reduction = reduction

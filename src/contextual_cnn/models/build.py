@@ -46,6 +46,9 @@ def build_model(
     Raises:
         UserError: unknown name, options that the model does not have, weights that do not fit.
     """
+    for key, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate or 0.0)):
+        if not 0 <= rate < 1:
+            raise UserError(f"model.{key} must be at least 0 and below 1, got {rate}", f"model.{key}=0.1")
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:5] or timm.list_models("contextual_*")
         raise UserError(

@@ -62,8 +62,9 @@ def _depthwise(x, weight, weight_offset, sampling_offset, mask, geometry, implem
     regular = sampling_offset is None and mask is None
     if regular and weight_offset is None:
         return conv2d(x, weight.to(x.dtype), None, *geometry, groups=x.shape[1])
-    # (C, 1, kh, kw) + (B, C, kh, kw) -> (B, C, kh, kw); one map for both keeps the gradient of each for free
-    combined = weight.squeeze(1).unsqueeze(0)
+    # (C, 1, kh, kw) + (B, C, kh, kw) -> (B, C, kh, kw); one map for both keeps the gradient of each for free.
+    # Squeezed as the last axis, so that the gradient has a channels_last weight's strides, as DDP's buckets have them
+    combined = weight.movedim(1, -1).squeeze(-1).unsqueeze(0)
     combined = combined + weight_offset if weight_offset is not None else combined.expand(x.shape[0], -1, -1, -1)
     if regular:
         return _per_sample_conv2d(x, combined, *geometry)

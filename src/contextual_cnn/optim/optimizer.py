@@ -1,5 +1,6 @@
 """The optimizer with timm's no-decay rules, and its step behind the guard against non-finite gradients."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -29,8 +30,12 @@ def build_optimizer(
         betas, eps, momentum: None leaves the optimizer's own; set those to null that an optimizer does not have.
 
     Raises:
-        UserError: unknown name, or an option that it does not have.
+        UserError: unknown name, an option that it does not have, or a number out of range.
     """
+    if not 0 < lr < math.inf:
+        raise UserError(f"optimizer.lr must be above 0 and finite, got {lr}", "optimizer.lr=1e-3")
+    if not 0 <= weight_decay < math.inf:
+        raise UserError(f"optimizer.weight_decay must be 0 or more, got {weight_decay}", "optimizer.weight_decay=0.05")
     if name not in list_optimizers():
         raise UserError(
             f"there is no optimizer named {name!r}",

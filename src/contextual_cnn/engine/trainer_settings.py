@@ -1,0 +1,75 @@
+"""How a run is trained, beside its model and data: the keys of conf/trainer/."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from contextual_cnn.engine.stopping import seconds_of
+from contextual_cnn.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSettings:
+    """How the loop runs; nothing here is about the model.
+
+    device: "auto" takes a GPU where there is one.
+    precision: "auto" is bfloat16 autocast on a GPU and float32 on a CPU.
+    global_batch_size: images per optimizer step over all processes (paper: 4096).
+    micro_batch_size: images per process and forward pass; the accumulation follows from it.
+    ema_decay: per optimizer step; null keeps no average. Evaluated beside the raw weights.
+    ema_warmup: lets the decay grow to its value, for runs too short for it.
+    grad_clip: largest norm of the gradient; null does not clip.
+    max_steps: ends the run early, without bending the schedule.
+    max_time: ends the run in order after "hours:minutes:seconds", or a number of hours, of this process;
+        the same command goes on.
+    on_nonfinite: a step whose loss or gradient is not finite is skipped in any case. "skip" stops the run after
+        max_skipped_steps of them in a row, "rollback" then goes back to the weights of the newest checkpoint and on
+        with the data that follow, and "stop" takes no further step after the first and stops when it is noticed,
+        which is when metrics are logged.
+    max_skipped_steps: see on_nonfinite.
+    timeout_minutes: how long a process waits for one that does not answer.
+    dry_run: takes a few steps, tells what the whole run will need, and leaves everything as it was.
+    """
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    global_batch_size: int = 4096
+    micro_batch_size: int = 128
+    channels_last: bool = True
+    compile: bool = False
+    ema_decay: float | None = 0.9999
+    ema_warmup: bool = False
+    grad_clip: float | None = None
+    max_steps: int | None = None
+    max_time: str | float | None = None
+    on_nonfinite: Literal["skip", "stop", "rollback"] = "skip"
+    max_skipped_steps: int = 10
+    log_every: int = 50
+    eval_every: int = 1
+    timeout_minutes: float = 10
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("log_every", "eval_every", "max_skipped_steps", "max_steps"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise UserError(f"trainer.{key} must be 1 or more, got {getattr(self, key)}", f"trainer.{key}=1")
+        seconds_of(self.max_time)
+        if not 0 < self.timeout_minutes < math.inf:
+            raise UserError(
+                f"trainer.timeout_minutes must be above 0 and finite, got {self.timeout_minutes}",
+                "trainer.timeout_minutes=10",
+            )
+        if self.grad_clip is not None and self.grad_clip <= 0:
+            raise UserError(f"trainer.grad_clip must be above 0, got {self.grad_clip}", "trainer.grad_clip=null is off")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise UserError(
+                f"trainer.ema_decay must be at least 0 and below 1, got {self.ema_decay}",
+                "trainer.ema_decay=0.9999",
+            )
+
+    def autocast(self, device: torch.device):
+        """The autocast context of this precision on this device; may be entered again and again."""
+        bf16 = self.precision == "bf16" or (self.precision == "auto" and device.type == "cuda")
+        return torch.autocast(device.type, torch.bfloat16, enabled=bf16)

@@ -1,0 +1,66 @@
+"""What a step refuses to go on with, and says when it cannot be made."""
+
+import pytest
+import torch
+from torch import nn
+
+from contextual_cnn.contracts import Batch
+from contextual_cnn.data.bad_images import BadImages
+from contextual_cnn.data.sampler import BatchPlan
+from contextual_cnn.distributed import World
+from contextual_cnn.engine.trainer_settings import TrainerSettings
+from contextual_cnn.engine.training_step import TrainingStep
+from contextual_cnn.errors import UserError
+from contextual_cnn.losses import StagedCrossEntropy
+from contextual_cnn.optim import build_optimizer, build_schedule
+
+
+class Small(nn.Module):
+    """Two layers of the same shape, so that their moments could be mistaken for each other's."""
+
+    def __init__(self, *order: str, size: int = 4) -> None:
+        super().__init__()
+        for name in order:
+            self.add_module(name, nn.Linear(size, size))
+
+    def forward(self, images):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def training_step(model, state=None):
+    optimizer = build_optimizer(model)
+    return TrainingStep(
+        TrainerSettings(ema_decay=None),
+        model=model,
+        loss=StagedCrossEntropy(),
+        optimizer=optimizer,
+        schedule=build_schedule(optimizer, 10),
+        augment=lambda batch: batch,
+        bad_images=BadImages("skip", 1),
+        plan=BatchPlan.make(images=16, global_batch=8, micro_batch=8, world_size=1),
+        seed=0,
+        world=World(0, 1, 0, torch.device("cpu")),
+        state=state,
+    )
+
+
+def test_moments_of_other_parameters_are_refused():
+    state = training_step(Small("first", "second")).state()
+    assert state["optimized"] == [["first.bias", "second.bias"], ["first.weight", "second.weight"]]
+    training_step(Small("first", "second"), state)
+    with pytest.raises(UserError, match="optimizer has other parameters, or in another order"):
+        training_step(Small("second", "first"), state)
+    del state["optimized"]  # a checkpoint of before they were named
+    training_step(Small("first", "second"), state)
+
+
+def test_the_state_of_another_model_is_refused_with_what_differs():
+    state = training_step(Small("first", "second")).state()
+    with pytest.raises(UserError, match=r"of another model: size mismatch for first\.weight.*\[4, 4\].*\[5, 5\]"):
+        training_step(Small("first", "second", size=5), state)
+
+
+def test_too_little_memory_names_the_micro_batch_to_use():
+    batch = Batch(torch.zeros(8, 3, 4, 4), torch.zeros(8, dtype=torch.int64))
+    with pytest.raises(UserError, match=r"memory of cpu does not suffice for 8 images at once\n.*micro_batch_size=4 "):
+        training_step(Small("first"))(0, iter([batch]))

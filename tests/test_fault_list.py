@@ -1,0 +1,27 @@
+"""faults.toml is complete, and what it says shows a fault is there."""
+
+import tomllib
+from pathlib import Path
+
+from tests.conftest import ROOT, run_command
+
+ROWS = tomllib.loads((Path(__file__).parent / "faults.toml").read_text())["row"]
+
+
+def test_every_row_is_there_once_and_is_shown_or_says_why_not():
+    assert [row["id"] for row in ROWS] == [*map(str, range(1, 79)), *(f"S{i}" for i in range(1, 15))]
+    for row in ROWS:
+        assert row.keys() - {"not_shown"} == {"id", "fault", "must_happen", "shown_by"}, row["id"]
+        assert row["fault"], row["id"]
+        assert row["must_happen"], row["id"]
+        assert row["shown_by"] or row["not_shown"], row["id"]
+
+
+def test_everything_that_shows_a_fault_exists():
+    names = sorted({name for row in ROWS for name in row["shown_by"]})
+    tests = [name for name in names if "::" in name]
+    done = run_command("-m", "pytest", "--collect-only", "-q", *tests)
+    assert done.returncode == 0, done.stdout[-2000:]
+    suite = (ROOT / "scripts" / "fault_suite.py").read_text()
+    for name in set(names) - set(tests):
+        assert f'"{name}": ' in suite, name
