@@ -98,7 +98,7 @@ def train(
     model = build_model(**config["model"]).to(world.device)
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, **config["optimizer"])
+    optimizer = build_optimizer(model, plan.global_batch, **config["optimizer"])
     schedule = build_schedule(optimizer, plan.steps_per_epoch, **config["schedule"])
 
     run = RunFolder(Path(config["output_dir"]) / config["run_name"])

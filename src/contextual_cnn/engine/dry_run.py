@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from contextual_cnn.distributed import gather_numbers
+from contextual_cnn.engine.memory import out_of_memory
 from contextual_cnn.engine.trainer import Trainer
 from contextual_cnn.errors import UserError
 from contextual_cnn.models import describe
@@ -81,11 +82,7 @@ def rehearse(trainer: Trainer, folder: Path) -> Forecast:
     try:
         metrics = _measure(trainer, steps)
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the memory of {trainer.world.device} does not suffice for {plan.micro_batch} images at once",
-            f"trainer.micro_batch_size={max(1, plan.micro_batch // 2)} (the global batch stays {plan.global_batch}), "
-            "or model.grad_checkpointing=true",
-        ) from error
+        raise out_of_memory(trainer.world, plan, trainer.step) from error
     peak, memory = _memory(trainer.world.device)
     state = [trainer.module.state_dict(), trainer.optimizer.state_dict()]
     checkpoint = _tensor_bytes([*state, trainer.ema.module.state_dict() if trainer.ema is not None else None])

@@ -24,13 +24,14 @@ from contextual_cnn.distributed import AnyRank, World, barrier
 from contextual_cnn.engine.checkpoint_store import CheckpointStore
 from contextual_cnn.engine.evaluator import EvaluationStopped, evaluate
 from contextual_cnn.engine.loggers import MetricsLogger
+from contextual_cnn.engine.memory import GrowthWatch, out_of_memory, resident_gib
 from contextual_cnn.engine.nonfinite import explain_nonfinite
 from contextual_cnn.engine.progress import ProgressDisplay, describe_evaluation
 from contextual_cnn.engine.stopping import StopRequest, seconds_of
 from contextual_cnn.engine.train_meter import TrainMeter
 from contextual_cnn.errors import UserError
 from contextual_cnn.losses import StagedCrossEntropy
-from contextual_cnn.optim import step_if_finite
+from contextual_cnn.optim import Clipping, clip_gradients, step_if_finite
 from contextual_cnn.randomness import Purpose, seed_all
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class TrainerSettings:
     ema_decay: per optimizer step; null keeps no average. Evaluated beside the raw weights.
     ema_warmup: lets the decay grow to its value, for runs too short for it.
     grad_clip: largest norm of the gradient; null does not clip.
+    grad_clip_mode: "value" limits each entry instead, "agc" each unit by its weights (see `clip_gradients`).
     max_steps: ends the run early, without bending the schedule.
     max_time: ends the run in order after "hours:minutes:seconds", or a number of hours, of this process;
         the same command goes on.
@@ -73,6 +75,7 @@ class TrainerSettings:
     ema_decay: float | None = 0.9999
     ema_warmup: bool = False
     grad_clip: float | None = None
+    grad_clip_mode: Clipping = "norm"
     max_steps: int | None = None
     max_time: str | float | None = None
     on_nonfinite: Literal["skip", "stop", "rollback"] = "skip"
@@ -155,6 +158,7 @@ class Trainer:
             )
         self.augment = BatchAugmentation(augmentation, data.num_classes)
         self.meter = TrainMeter(world)
+        self._memory = GrowthWatch()
 
     def fit(self, logger: MetricsLogger, console: Console, request: StopRequest) -> bool:
         """Trains until the run is complete, or until a process is asked to stop; then everything is saved.
@@ -177,7 +181,10 @@ class Trainer:
                     stopping = not self._end_epoch(val_batches, logger, request)
                 if stopping or self.is_complete:
                     break
-                self.train_step(batches)
+                try:
+                    self.train_step(batches)
+                except torch.OutOfMemoryError as error:
+                    raise out_of_memory(self.world, self.plan, self.step) from error
                 progress.advance(self.step)
                 stopping = any_rank(request.reason is not None)
                 if stopping or self._owes_epoch_end or self.step % self.settings.log_every == 0:
@@ -217,7 +224,7 @@ class Trainer:
                 batch = next(batches)
             batch = self._augment(batch, self.step, accumulated)
             self._accumulate(batch, last=accumulated == self.plan.accumulation - 1)
-        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.grad_clip or float("inf"))
+        norm = clip_gradients(self.module, self.settings.grad_clip, self.settings.grad_clip_mode)
         finite = torch.isfinite(norm)  # of the reduced gradient, hence the same on all ranks
         if self.settings.on_nonfinite == "stop":
             finite = finite & (self.meter.skipped_in_a_row == 0)  # the first one to be skipped is the last one
@@ -330,6 +337,7 @@ class Trainer:
                 return False
             logger.log(self.step, metrics)
         self._ended_step = self.step
+        self._memory.look(resident_gib())
         is_due = is_last or is_best or (self.epoch % self.store.every_epochs == 0 and self._is_sound)
         if self.world.is_main and is_due:
             self.store.save(self._state(), is_best=is_best)

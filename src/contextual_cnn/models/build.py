@@ -1,5 +1,6 @@
 """A model from its config: ours or any other of timm's, under the same recipe, optionally from given weights."""
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,9 +44,10 @@ def build_model(
         UserError: unknown name, options that the model does not have, weights that do not fit.
     """
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('_')[0]}*")[:5] or timm.list_models("contextual_*")
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5) or timm.list_models("contextual_*")
         raise UserError(
-            f"there is no model named {name!r}", f"model.name is a timm model, for example {', '.join(near)}"
+            f"there is no model named {name!r}",
+            f"did you mean {', '.join(near)}? python scripts/describe_model.py '*{name.split('_')[0]}*' lists more",
         )
     options = {
         "drop_path_rate": drop_path_rate,
