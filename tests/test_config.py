@@ -134,6 +134,7 @@ MISTAKES = [
         "no model named 'resnt50'",
         "did you mean resnet50, ",
     ),
+    (["data.root=x", "data.limit=0"], "data.limit must be 1 or more", "data.limit=1"),
 ]
 
 

@@ -27,12 +27,11 @@ def train_batches(
 ) -> Iterator[Batch]:
     """As `dali.train_batches`; the targets are the images' own."""
     noise = _noise(sampler.plan.micro_batch, image_size, device)
-    targets, n = images.targets, 0
+    n = 0
     while True:
+        targets = torch.from_numpy(images.targets[sampler[n].indices])
         # A batch of its own: what mixes does so in place
-        yield Batch(
-            noise.clone(memory_format=torch.channels_last), torch.from_numpy(targets[sampler[n].indices]).to(device)
-        )
+        yield Batch(noise.clone(memory_format=torch.channels_last), targets.to(device))
         n += 1
 
 

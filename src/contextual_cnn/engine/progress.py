@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def describe(metrics: dict[str, float]) -> str:
-    """A log step's metrics in one line: losses, recall per stage, lr, speed, the most memory of the GPU (without one, the process's)."""
+    """A log step in one line: losses, recall per stage, lr, speed, most memory of the GPU (or the process's)."""
     stages = [value for name, value in metrics.items() if name.startswith("train/loss_stage")]
     recalls = [value for name, value in metrics.items() if name.startswith("train/recall_stage")]
     parts = [f"loss {metrics['train/loss']:.3f}"]

@@ -41,8 +41,7 @@ def build_schedule(
         )
     if decay_epochs is not None and not 0 < decay_epochs <= epochs - warmup_epochs:
         raise UserError(
-            f"schedule.decay_epochs={decay_epochs} is not above 0 and at most the {epochs - warmup_epochs} epochs after "
-            "the warm-up",
+            f"schedule.decay_epochs={decay_epochs} does not fit the {epochs - warmup_epochs} epochs after the warm-up",
             "schedule.decay_epochs=null",
         )
     schedule, _ = create_scheduler_v2(
