@@ -24,7 +24,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
 
 CONF = Path(__file__).parent.parent / "conf"
 GROUPS = ("model", "data", "augment", "loss", "optimizer", "schedule", "trainer", "checkpoint", "logger")
-OPTIONS = [(path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml")) if path.parent.name != "evaluate"]
+OPTIONS = [
+    (path.parent.name, path.stem)
+    for path in sorted(CONF.glob("*/*.yaml"))
+    if path.parent.name not in ("evaluate", "local")
+]
 
 
 @pytest.fixture(autouse=True)
