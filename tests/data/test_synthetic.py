@@ -17,19 +17,19 @@ PLAN = BatchPlan.make(images=64, global_batch=8, micro_batch=8, world_size=1)
 
 
 def test_there_is_as_much_noise_as_imagenet_and_of_its_size():
-    data = ImageData(root="none", layout="synthetic")
+    data = ImageData(root="synthetic", layout="synthetic")
     train, val = data.sources["train"], data.sources["val"]
     assert (len(train), len(val), data.num_classes) == (1_281_167, 50_000, 1000)
     assert set(val.targets.tolist()) == set(range(1000))
     with Image.open(io.BytesIO(train.read(1_000_000))) as image:
         assert image.size == (500, 375)
     assert 100e3 < len(train.read(5)) < 130e3
-    assert train.read(5) == ImageData(root="none", layout="synthetic").sources["train"].read(5)
+    assert train.read(5) == ImageData(root="synthetic", layout="synthetic").sources["train"].read(5)
 
 
 @pytest.mark.parametrize("loader", ["dali", "torch", "synthetic"])
 def test_every_loader_serves_it_with_its_targets(loader):
-    data = ImageData(root="none", layout="synthetic", limit=64, loader=loader, image_size=32, threads=1)
+    data = ImageData(root="synthetic", layout="synthetic", limit=64, loader=loader, image_size=32, threads=1)
     first, second = itertools.islice(data.train_batches(PLAN, Augmentation(randaugment=None), 0, WORLD, 0), 2)
     assert first.images.shape == (8, 3, 32, 32)
     assert first.images.std() > 0.2
