@@ -50,6 +50,7 @@ def data_overrides(
     crop_pct: float | None = None,
     threads: int | None = None,
     eval_batch_size: int | None = None,
+    loader: Literal["dali", "torch", "synthetic"] | None = None,
     on_bad_image: Literal["skip", "stop"] | None = None,
 ) -> dict[str, Any]:
     """What may differ from the training's data; null keeps its value."""
@@ -106,6 +107,7 @@ def _evaluate_checkpoint(path: Path, config: dict[str, Any], world: World, conso
         "weights": trained.weights,
         "checkpoint": str(trained.path),
         "data": str(data.root),
+        "loader": data.loader,
         "step": trained.step,
     }
     _write_json(trained.path.parent, report)
@@ -218,6 +220,7 @@ def _table(name: str, report: dict[str, Any]) -> Table:
     if report["bad_images"]:
         table.add_row("of them bad, counted as wrong", f"{report['bad_images']}")
     table.add_row("images/s", f"{report['images_per_second']:.0f}")
+    table.add_row("loader", report["loader"])
     return table
 
 

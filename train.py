@@ -144,6 +144,12 @@ def train(
     log.info("run folder %s, device %s", run.path, world.device)
     log.info("%s", plan)
     log.info("%s: %s", config["model"]["name"], describe(model))
+    log.info(
+        "%s, learning rate up to %.3g; %s schedule of %d epochs, %d of them warm-up",
+        config["optimizer"]["name"],
+        optimizer.param_groups[0]["initial_lr"],
+        *(config["schedule"][key] for key in ("name", "epochs", "warmup_epochs")),
+    )
     if config["model"].get("selection") == "reduce":
         log.warning(
             "selection=reduce drops classes for good and collapsed to chance from a random start wherever it was tried "

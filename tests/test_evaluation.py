@@ -87,6 +87,13 @@ def test_a_benchmark_of_some_classes_is_predicted_among_these(trained, image_roo
     assert report["top1"] == pytest.approx(100 * hits / 9)
 
 
+def test_a_machine_without_dali_evaluates_by_the_other_loader(trained, tmp_path):
+    by_dali, _ = evaluate(trained, tmp_path)
+    by_torch, _ = evaluate(trained, tmp_path, "data.loader=torch")
+    assert (by_dali["loader"], by_torch["loader"]) == ("dali", "torch")
+    assert by_torch["loss"] == pytest.approx(by_dali["loss"], rel=0.02)
+
+
 def test_reals_labels_count_beside_the_splits_own(trained, image_root, tmp_path):
     for number, image in enumerate(sorted((image_root / "val").glob("*/*")), start=1):
         folder = tmp_path / "images" / "val" / image.parent.name

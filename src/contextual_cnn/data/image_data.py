@@ -108,7 +108,7 @@ class ImageData:
         self.image_size, self.crop_pct, self.eval_batch_size = image_size, crop_pct, eval_batch_size
         self._image = dict(image_size=image_size, mean=mean, std=std)
         self._threads, self._prefetch, self._randaugment_on = threads, prefetch, randaugment_on
-        self._loader = loader
+        self.loader = loader
         self.bad_images = BadImages(on_bad_image, max_bad_images)
 
     @property
@@ -174,11 +174,11 @@ class ImageData:
 
     def _loader_module(self) -> ModuleType:
         """dali.py or one that takes its place; after the checks, as importing DALI takes seconds."""
-        if self._loader == "synthetic":
+        if self.loader == "synthetic":
             from contextual_cnn.data import synthetic_loader
 
             return synthetic_loader
-        if self._loader == "torch":
+        if self.loader == "torch":
             from contextual_cnn.data import torch_loader
 
             return torch_loader
