@@ -1,10 +1,12 @@
 """Evaluates a checkpoint: python evaluate.py checkpoint=outputs/NAME [data.root=/path/to/imagenet]
 
 Model and data are those of the checkpoint's own config. Every image is counted once, at any number of processes.
+A folder of runs, or a pattern, is evaluated run by run, with a table of them at the end.
 data.root may also be the folder of ImageNet-A, -R, -V2 or -Sketch (class folders without train/ and val/): a model's
 prediction is then made among the classes that are there, as those benchmarks do.
 """
 
+import glob
 import json
 import logging
 from contextlib import AbstractContextManager
@@ -14,6 +16,7 @@ from typing import Any, Literal
 import hydra
 import torch
 from omegaconf import DictConfig
+from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -23,13 +26,16 @@ from contextual_cnn.cli import Group
 from contextual_cnn.data import ImageData
 from contextual_cnn.data.sources import ImageSource
 from contextual_cnn.distributed import World, process_group
+from contextual_cnn.engine.checkpoint import find_checkpoint, has_checkpoint
+from contextual_cnn.engine.class_report import report_classes, write_class_report
 from contextual_cnn.engine.evaluator import evaluate
 from contextual_cnn.engine.predictions import Predictions, PredictionTable, check_writable, write_predictions
 from contextual_cnn.engine.real_labels import RealAccuracy, read_real_labels, real_accuracy
 from contextual_cnn.engine.reliability import expected_calibration_error, wilson_interval
 from contextual_cnn.engine.run_folder import start_logging
 from contextual_cnn.engine.trainer_settings import TrainerSettings
-from contextual_cnn.trained import load_model
+from contextual_cnn.errors import UserError
+from contextual_cnn.trained import describe_classes, load_model
 
 log = logging.getLogger("contextual_cnn.evaluate")
 
@@ -37,12 +43,14 @@ log = logging.getLogger("contextual_cnn.evaluate")
 def data_overrides(
     *,
     root: str | None = None,
-    layout: Literal["auto", "folders", "list", "shards", "benchmark"] | None = None,
+    layout: Literal["auto", "folders", "list", "shards", "benchmark", "synthetic"] | None = None,
     exclude: str | None = None,
+    limit: int | None = None,
     image_size: int | None = None,
     crop_pct: float | None = None,
     threads: int | None = None,
     eval_batch_size: int | None = None,
+    loader: Literal["dali", "torch", "synthetic"] | None = None,
     on_bad_image: Literal["skip", "stop"] | None = None,
 ) -> dict[str, Any]:
     """What may differ from the training's data; null keeps its value."""
@@ -56,6 +64,7 @@ SCHEMA = {
     "precision": Literal["auto", "bf16", "fp32"],
     "real_labels": str | None,
     "predictions": str | None,
+    "per_class": str | None,
     "data": Group(data_overrides),
 }
 
@@ -67,35 +76,66 @@ SCHEMA = {
 @cli.job
 def main(hydra_config: DictConfig) -> None:
     config = cli.read_config(hydra_config, SCHEMA)
-    trained = load_model(config["checkpoint"], config["weights"], data_overrides(**config["data"]))
-    data = ImageData(("val",), trained.classes, **trained.config["data"])
-    source = data.sources["val"]
-    csv, real_labels = _file(config["predictions"]), _file(config["real_labels"])
-    if csv is not None:
-        check_writable(csv)
-    labels = read_real_labels(real_labels, source) if real_labels is not None else None
-
+    checkpoints = _checkpoints(config["checkpoint"])
+    for key in ("predictions", "per_class"):
+        if config[key] is not None:
+            _check_file(key, Path(config[key]).expanduser(), checkpoints)
     with process_group(config["device"]) as world:
         console = start_logging(world.is_main)
-        data.log_summary()
-        autocast = TrainerSettings(precision=config["precision"]).autocast(world.device)
-        report, predictions = _evaluate(trained.model.to(world.device), data, world, autocast)
-        if not world.is_main:
-            return
-        report |= _reliability(predictions, source)
-        if labels is not None:
-            report |= _real_report(real_accuracy(labels, predictions))
-        report |= {
-            "weights": trained.weights,
-            "checkpoint": str(trained.path),
-            "data": str(data.root),
-            "step": trained.step,
-        }
-        _write_json(trained.path.parent, report)
-        console.print(_table(trained.config["model"]["name"], report))
-        print(f"top-1 {report['top1']:.2f}")
-        if csv is not None:
-            write_predictions(csv, predictions, source)
+        reports = [_evaluate_checkpoint(path, config, world, console) for path in checkpoints]
+        if world.is_main and len(reports) > 1:
+            console.print(_ranking(reports))
+
+
+def _evaluate_checkpoint(path: Path, config: dict[str, Any], world: World, console: Console) -> dict[str, Any]:
+    """The report of one checkpoint, complete on rank 0, where it is printed and written too."""
+    trained = load_model(str(path), config["weights"], data_overrides(**config["data"]))
+    data = ImageData(("val",), trained.classes, **trained.config["data"])
+    source = data.sources["val"]
+    labels = read_real_labels(_file(config["real_labels"]), source) if config["real_labels"] is not None else None
+    data.log_summary()
+    autocast = TrainerSettings(precision=config["precision"]).autocast(world.device)
+    report, predictions = _evaluate(trained.model.to(world.device), data, world, autocast)
+    if not world.is_main:
+        return report
+    by_class = report_classes(source.targets, predictions.classes[:, 0].numpy(), data.num_classes)
+    report |= _reliability(predictions, source)
+    report |= {"mean_f1": 100 * float(by_class.f1[by_class.images > 0].mean())}
+    if labels is not None:
+        report |= _real_report(real_accuracy(labels, predictions))
+    report |= {
+        "weights": trained.weights,
+        "checkpoint": str(trained.path),
+        "data": str(data.root),
+        "loader": data.loader,
+        "step": trained.step,
+    }
+    _write_json(trained.path.parent, report)
+    console.print(_table(trained.config["model"]["name"], report))
+    print(f"top-1 {report['top1']:.2f}")
+    if config["predictions"] is not None:
+        write_predictions(_file(config["predictions"]), predictions, source)
+    if config["per_class"] is not None:
+        write_class_report(_file(config["per_class"]), by_class, data.classes, describe_classes(data.classes))
+    return report
+
+
+def _checkpoints(given: str) -> list[Path]:
+    """The checkpoint; those of all runs where a folder of runs or a pattern is given."""
+    path = Path(given).expanduser()
+    several: list[str] = []
+    if path.is_dir() and not has_checkpoint(path):
+        several = [str(run) for run in path.iterdir() if run.is_dir()]
+    elif not path.exists() and glob.has_magic(given):
+        several = glob.glob(str(path))
+    found = [find_checkpoint(run) for run in sorted(several) if run.endswith(".pt") or has_checkpoint(Path(run))]
+    return found or [find_checkpoint(given)]
+
+
+def _check_file(key: str, path: Path, checkpoints: list[Path]) -> None:
+    if len(checkpoints) > 1:
+        raise UserError(f"{key}={path} is of one checkpoint, these are {len(checkpoints)}", f"{key}=null")
+    check_writable(path, key)
 
 
 def _evaluate(
@@ -133,8 +173,8 @@ def _classes_to_choose_from(data: ImageData) -> torch.Tensor:
     return present
 
 
-def _file(given: str | None) -> Path | None:
-    return Path(given).expanduser() if given is not None else None
+def _file(given: str) -> Path:
+    return Path(given).expanduser()
 
 
 def _reliability(predictions: Predictions, source: ImageSource) -> dict[str, Any]:
@@ -172,6 +212,7 @@ def _table(name: str, report: dict[str, Any]) -> Table:
     if "real_top1" in report:
         table.add_row(f"top-1 by ReaL, {report['real_images']} images with a label", f"{report['real_top1']:.2f} %")
         table.add_row("its 95 % confidence interval", _spell(report["real_top1_interval"]))
+    table.add_row("mean F1 of the classes", f"{report['mean_f1']:.2f} %")
     table.add_row("cross-entropy", f"{report['loss']:.4f}")
     table.add_row("calibration error (ECE, 15 bins)", f"{report['calibration_error']:.2f} %")
     table.add_row("classes to choose from", f"{report['classes']}")
@@ -179,6 +220,19 @@ def _table(name: str, report: dict[str, Any]) -> Table:
     if report["bad_images"]:
         table.add_row("of them bad, counted as wrong", f"{report['bad_images']}")
     table.add_row("images/s", f"{report['images_per_second']:.0f}")
+    table.add_row("loader", report["loader"])
+    return table
+
+
+def _ranking(reports: list[dict[str, Any]]) -> Table:
+    """The best first."""
+    table = Table(title=f"{len(reports)} checkpoints")
+    table.add_column("checkpoint", overflow="fold")
+    for name in ("weights", "top-1", "95 % interval", "top-5", "step"):
+        table.add_column(name, justify="right")
+    for report in sorted(reports, key=lambda report: report["top1"], reverse=True):
+        scores = (f"{report['top1']:.2f}", _spell(report["top1_interval"]), f"{report['top5']:.2f}")
+        table.add_row(report["checkpoint"], report["weights"], *scores, f"{report['step']}")
     return table
 
 

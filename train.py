@@ -101,7 +101,7 @@ def train(
     model = build_model(**config["model"]).to(world.device)
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, **config["optimizer"])
+    optimizer = build_optimizer(model, plan.global_batch, **config["optimizer"])
     schedule = build_schedule(optimizer, plan.steps_per_epoch, **config["schedule"])
 
     run = RunFolder(Path(config["output_dir"]) / config["run_name"])
@@ -147,6 +147,12 @@ def train(
     log.info("run folder %s, device %s", run.path, world.device)
     log.info("%s", plan)
     log.info("%s: %s", config["model"]["name"], describe(model))
+    log.info(
+        "%s, learning rate up to %.3g; %s schedule of %d epochs, %d of them warm-up",
+        config["optimizer"]["name"],
+        optimizer.param_groups[0]["initial_lr"],
+        *(config["schedule"][key] for key in ("name", "epochs", "warmup_epochs")),
+    )
     if config["model"].get("selection") == "reduce":
         log.warning(
             "selection=reduce drops classes for good and collapsed to chance from a random start wherever it was tried "

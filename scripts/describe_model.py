@@ -1,30 +1,49 @@
 """Prints parameters and multiply-adds of contextual models, plain twins and peers beside the published figures.
 
 python scripts/describe_model.py [--json] [--image-size 224] [--num-classes 1000]
+python scripts/describe_model.py "contextual_*" "convnext_*"     lists what model.name may be
 """
 
 import argparse
 import json
 
+import timm
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from contextual_cnn.analysis.comparison import FAMILIES, describe_family
+from contextual_cnn.errors import UserError, run_script
 
 RELEASED = {"contextual_convnext_tiny": "33.95 M parameters"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("patterns", nargs="*", metavar="PATTERN", help="list the models of these names instead")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--num-classes", type=int, default=1000)
     arguments = parser.parse_args()
+    if arguments.patterns:
+        list_models(arguments.patterns)
+        return
     rows = [row for twin in FAMILIES for row in describe_family(twin, arguments.image_size, arguments.num_classes)]
     if arguments.json:
         print(json.dumps(rows, indent=2))
     else:
         Console(width=150).print(table(rows, arguments.image_size))
+
+
+def list_models(patterns: list[str]) -> None:
+    names = timm.list_models(patterns)
+    if not names:
+        raise UserError(f"there is no model named {' or '.join(patterns)}", "for example 'contextual_*'")
+    for name in names:
+        with torch.device("meta"):  # neither memory nor time
+            model = timm.create_model(name)
+        size = model.pretrained_cfg["input_size"][-1]
+        print(f"{name:50} {sum(p.numel() for p in model.parameters()) / 1e6:8.2f} M parameters, {size} x {size}")
 
 
 def table(rows: list[dict], image_size: int) -> Table:
@@ -52,4 +71,4 @@ def table(rows: list[dict], image_size: int) -> Table:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

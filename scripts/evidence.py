@@ -34,8 +34,12 @@ VARIANTS = {
     "a5-reduce": ("a5 with the paper's selection", ["model.selection=reduce"]),
     "a5-layer": ("a5 with the paper's norm of the projection", ["model.projection_norm=layer"]),
     "a5-blind": ("a5 with a context that is the same for all images", []),
+    "a5-short": ("a5 with shorter shortlists", []),
 }
-BLIND = {"glyphs": "[186,185,184]", "fashion": "[10,9,8]"}  # all classes are kept, or nearly
+CLASS_COUNTS = {
+    "a5-blind": {"glyphs": "[186,185,184]", "fashion": "[10,9,8]"},  # all are kept, or nearly
+    "a5-short": {"glyphs": "[20,10,5]", "fashion": "[4,3,2]"},
+}
 METRICS = ["val_ema/top1", *(f"val_ema/recall_stage{stage}" for stage in (1, 2, 3))]
 
 
@@ -68,8 +72,8 @@ def train(arguments: argparse.Namespace, data: str, variant: str, seed: int) -> 
     name = f"{data}_{variant}_{seed}"
     own = [f"experiment=evidence_{data}", f"output_dir={arguments.folder}", f"run_name={name}", f"seed={seed}"]
     own += VARIANTS[variant][1]
-    if variant == "a5-blind":
-        own.append(f"model.class_counts={BLIND[data]}")
+    if variant in CLASS_COUNTS:
+        own.append(f"model.class_counts={CLASS_COUNTS[variant][data]}")
     # Its log belongs to the terminal, standard output to the JSON
     subprocess.run([sys.executable, str(ROOT / "train.py"), *own, *arguments.overrides], check=True, stdout=sys.stderr)
     return [row for row in read_metrics(arguments.folder / name / "metrics.jsonl") if METRICS[0] in row][-1]

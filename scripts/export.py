@@ -1,11 +1,11 @@
 """Takes a trained model elsewhere: a timm folder, a torch.export program, or ONNX.
 
-python scripts/export.py --checkpoint outputs/NAME --format timm|torch_export|onnx [--output FOLDER]
+python scripts/export.py --checkpoint outputs/NAME [OTHER ...] --format timm|torch_export|onnx [--output FOLDER]
 
 Every format is read back by its own means and compared with the checkpoint's model; the largest difference of the
 logits is printed, and one that is no rounding ends the script with status 1. Beside the model lies config.json: classes
 and preprocessing, as timm writes it. torch.export programs and ONNX files take any batch size and the image size of the
-training; they run without this package.
+training; they run without this package. Of several checkpoints of one model the mean of the weights is exported.
 """
 
 import argparse
@@ -31,7 +31,7 @@ TOLERANCE = 1e-2  # of logits; a class at the edge of a shortlist that rounding 
 
 def main() -> None:
     arguments = parse_arguments()
-    given = load_model(arguments.checkpoint, arguments.weights)
+    given = load_mean(arguments.checkpoint, arguments.weights)
     folder = arguments.output or given.folder / "export" / arguments.format
     export = {"timm": export_timm, "torch_export": export_torch, "onnx": export_onnx}[arguments.format]
     print(f"{given.config['model']['name']}, {given.weights} weights of {given.path}: {describe(given.model)}")
@@ -49,7 +49,13 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], epilog=__doc__.rpartition("\n\n")[2])
-    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="a run folder (outputs/NAME) or a .pt file")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        nargs="+",
+        metavar="RUN",
+        help="a run folder (outputs/NAME) or a .pt file; the mean of several",
+    )
     parser.add_argument("--format", required=True, choices=list(FILES))
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: export/FORMAT in the run folder")
     parser.add_argument(
@@ -59,6 +65,27 @@ def parse_arguments() -> argparse.Namespace:
         help="auto: those that made the checkpoint the best",
     )
     return parser.parse_args()
+
+
+def load_mean(checkpoints: list[str], weights: str) -> Trained:
+    """The first, with the mean of all weights; numbers that count, as batch norm's, are those of the first.
+
+    Raises:
+        UserError: they are not of one model with the same classes.
+    """
+    first, *others = (load_model(checkpoint, weights) for checkpoint in checkpoints)
+    for other in others:
+        if (other.config["model"], other.classes) != (first.config["model"], first.classes):
+            raise UserError(f"{other.path} is of another model than {first.path}", "--checkpoint RUN of the same model")
+    states = [given.model.state_dict() for given in (first, *others)]
+    mean = {
+        name: torch.stack([state[name] for state in states]).mean(0) if tensor.is_floating_point() else tensor
+        for name, tensor in states[0].items()
+    }
+    if others:
+        print(f"the mean of {len(states)} checkpoints")
+    first.model.load_state_dict(mean)
+    return first
 
 
 def write_config(given: Trained, folder: Path) -> None:

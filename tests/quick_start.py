@@ -28,14 +28,15 @@ class Command:
     Args:
         command: script and arguments.
         output: the file that gets stdout and stderr.
+        folder: where it runs.
         environment: variables added to this process's; an empty text removes one.
     """
 
-    def __init__(self, *command: str, output: Path, **environment: str) -> None:
+    def __init__(self, *command: str, output: Path, folder: Path = ROOT, **environment: str) -> None:
         environment = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"} | environment
         self.output = output
         output.unlink(missing_ok=True)
-        self.process = _context.Process(target=_run, args=(list(command), str(output), environment))
+        self.process = _context.Process(target=_run, args=(list(command), str(output), str(folder), environment))
         self.process.start()
 
     @property
@@ -62,9 +63,9 @@ class Command:
         os.kill(self.process.pid, signal_number)
 
 
-def run(*command: str, output: Path, **environment: str) -> tuple[int, str]:
+def run(*command: str, output: Path, folder: Path = ROOT, **environment: str) -> tuple[int, str]:
     """Exit status and what was printed."""
-    started = Command(*command, output=output, **environment)
+    started = Command(*command, output=output, folder=folder, **environment)
     return started.wait(), started.printed
 
 
@@ -93,7 +94,7 @@ def group(
     ]
 
 
-def _run(command: list[str], output: str, environment: dict[str, str]) -> None:
+def _run(command: list[str], output: str, folder: str, environment: dict[str, str]) -> None:
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -106,6 +107,7 @@ def _run(command: list[str], output: str, environment: dict[str, str]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     if "TEST_UMASK" in environment:
         os.umask(int(environment["TEST_UMASK"], 8))
-    os.chdir(ROOT)
+    os.chdir(folder)
     sys.argv = command
+    sys.path.insert(0, str((ROOT / command[0]).parent))  # as the shell's python has it
     runpy.run_path(str(ROOT / command[0]), run_name="__main__")

@@ -164,17 +164,22 @@ def test_a_rank_that_fails_ends_the_run(image_root, tmp_path):
     assert done.stderr.count("error: trainer.global_batch_size=15 cannot be shared by 2 processes") == 1
 
 
-def test_any_timm_model_trains_under_the_same_recipe(image_root, tmp_path):
+def test_any_timm_model_trains_under_the_same_recipe_and_ranks_share_its_statistics(image_root, tmp_path):
+    """Two processes evaluate with batch norm's running statistics alike, and leave one W&B run."""
     overrides = ["model=timm", "model.name=resnet10t", "schedule.epochs=1", "schedule.warmup_epochs=0", "augment=none"]
     arguments = [
         a
         for a in small_run(image_root, tmp_path, *overrides)
         if not a.startswith(("model=contextual", "model.layer", "model.drop"))
     ]
-    done = run_command(*arguments, "data.image_size=64")
+    done = torchrun(2, *arguments, "data.image_size=64", "logger.wandb=offline")
     assert done.returncode == 0, done.stderr
     assert "recall" not in done.stdout
-    evaluation(run_command("evaluate.py", f"checkpoint={tmp_path}/run"))
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 1
+    evaluation(run_command("evaluate.py", f"checkpoint={tmp_path}/run/checkpoints/last.pt", "weights=raw"))
+    alone = json.loads((tmp_path / "run" / "checkpoints" / "evaluation.json").read_text())
+    (together,) = (row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "val/loss" in row)
+    assert alone["loss"] == pytest.approx(together["val/loss"], rel=1e-5)
 
 
 def test_the_papers_selection_says_what_it_risks(image_root, tmp_path):

@@ -25,7 +25,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
 
 CONF = Path(__file__).parent.parent / "conf"
 GROUPS = ("model", "data", "augment", "loss", "optimizer", "schedule", "trainer", "checkpoint", "logger")
-OPTIONS = [(path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml")) if path.parent.name != "evaluate"]
+OPTIONS = [
+    (path.parent.name, path.stem)
+    for path in sorted(CONF.glob("*/*.yaml"))
+    if path.parent.name not in ("evaluate", "local")
+]
 
 
 @pytest.fixture(autouse=True)
@@ -79,9 +83,9 @@ def test_the_default_is_the_papers_recipe():
     assert config["trainer"]["global_batch_size"] == 4096
     assert config["schedule"]["epochs"] == 300
     assert config["schedule"]["warmup_epochs"] == 20
-    assert config["optimizer"] == dict(
-        name="adamw", lr=1e-3, weight_decay=0.05, betas=[0.9, 0.999], eps=1e-8, momentum=None
-    )
+    optimizer = dict(name="adamw", lr=1e-3, weight_decay=0.05, betas=[0.9, 0.999], eps=1e-8, momentum=None)
+    assert config["optimizer"] == optimizer | dict(lr_scaling="none", lr_base_size=4096)
+    assert config["schedule"]["name"] == "cosine"
     assert config["loss"]["alpha"] == 0.15
     assert config["trainer"]["ema_decay"] == 0.9999
     assert config["augment"]["randaugment"] == "rand-m9-mstd0.5-inc1"
@@ -134,7 +138,12 @@ MISTAKES = [
         "class_counts must fall from stage to stage",
         "model.class_counts",
     ),
-    (["data.root=IMAGES", "trainer=smoke", "model=timm", "model.name=resnt50"], "no model named 'resnt50'", "timm"),
+    (
+        ["data.root=IMAGES", "trainer=smoke", "model=timm", "model.name=resnt50"],
+        "no model named 'resnt50'",
+        "did you mean resnet50, ",
+    ),
+    (["data.root=x", "data.limit=0"], "data.limit must be 1 or more", "data.limit=1"),
 ]
 
 

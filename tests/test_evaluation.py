@@ -35,7 +35,7 @@ def read_csv(file):
 
 
 def test_the_predictions_are_complete_and_make_the_report_at_1_and_2_processes(trained, image_root, tmp_path):
-    report, printed = evaluate(trained, tmp_path, f"predictions={tmp_path}/alone.csv")
+    report, printed = evaluate(trained, tmp_path, f"predictions={tmp_path}/alone.csv", f"per_class={tmp_path}/c.csv")
     rows = read_csv(tmp_path / "alone.csv")
     assert [row["name"] for row in rows] == [f"val/class_{c}/{i}.JPEG" for c in range(6) for i in range(3)]
     assert all(row["target"] == row["name"].split("/")[1] for row in rows)
@@ -50,6 +50,11 @@ def test_the_predictions_are_complete_and_make_the_report_at_1_and_2_processes(t
         probabilities = [float(row[f"probability{i}"]) for i in range(1, 6)]
         assert probabilities == sorted(probabilities, reverse=True)
         assert 5 / 6 <= sum(probabilities) <= 1
+
+    by_class = read_csv(tmp_path / "c.csv")
+    assert {row["class"] for row in by_class} == {f"class_{c}" for c in range(6)}
+    assert sum(float(row["recall"]) * int(row["images"]) for row in by_class) == pytest.approx(hits)
+    assert report["mean_f1"] == pytest.approx(100 * sum(float(row["f1"]) for row in by_class) / 6, abs=1e-3)
 
     command = ["evaluate.py", f"checkpoint={trained}", "device=cpu", "weights=raw"]
     done = torchrun(2, *command, f"predictions={tmp_path}/shared.csv")
@@ -82,6 +87,13 @@ def test_a_benchmark_of_some_classes_is_predicted_among_these(trained, image_roo
     assert report["top1"] == pytest.approx(100 * hits / 9)
 
 
+def test_a_machine_without_dali_evaluates_by_the_other_loader(trained, tmp_path):
+    by_dali, _ = evaluate(trained, tmp_path)
+    by_torch, _ = evaluate(trained, tmp_path, "data.loader=torch")
+    assert (by_dali["loader"], by_torch["loader"]) == ("dali", "torch")
+    assert by_torch["loss"] == pytest.approx(by_dali["loss"], rel=0.02)
+
+
 def test_reals_labels_count_beside_the_splits_own(trained, image_root, tmp_path):
     for number, image in enumerate(sorted((image_root / "val").glob("*/*")), start=1):
         folder = tmp_path / "images" / "val" / image.parent.name
@@ -105,3 +117,20 @@ def test_a_file_that_cannot_be_written_is_said_before_the_work(trained, tmp_path
     status, printed = run(*command, output=tmp_path / "output")
     assert status == 2
     assert "predictions: /nowhere/a.csv cannot be written: there is no folder /nowhere" in printed
+
+
+def test_a_pattern_or_a_folder_of_runs_gives_one_table_the_best_first(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "runs" / "one")
+    shutil.copytree(trained, tmp_path / "runs" / "other")
+    command = ["evaluate.py", f"checkpoint={tmp_path}/runs/*/checkpoints/*.pt", "device=cpu"]
+    status, printed = run(*command, output=tmp_path / "output", COLUMNS="200")
+    assert status == 0, printed
+    table = printed[printed.index("4 checkpoints") :]
+    scores = [float(line.split("│")[3]) for line in table.splitlines() if ".pt" in line]
+    assert len(scores) == 4
+    assert scores == sorted(scores, reverse=True)
+    status, printed = run(
+        "evaluate.py", f"checkpoint={tmp_path}/runs", "device=cpu", "per_class=a.csv", output=tmp_path / "output"
+    )
+    assert status == 2
+    assert "per_class=a.csv is of one checkpoint, these are 2" in printed

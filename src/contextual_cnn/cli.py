@@ -20,7 +20,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TextIO, Union, get_args, get_origin, get_type_hints
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -55,6 +57,7 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
     @functools.wraps(function)
     def wrapped(config: DictConfig) -> None:
         try:
+            _check_mode()
             function(config)
         except UserError as error:
             _exit(error)
@@ -70,6 +73,15 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
             sys.exit("interrupted; the same command resumes from the last checkpoint")
 
     return wrapped
+
+
+def _check_mode() -> None:
+    """Raises UserError where every process of a run would start a sweep of its own."""
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN and "LOCAL_RANK" in os.environ:
+        raise UserError(
+            "--multirun under torchrun: every process would go through the sweep by itself",
+            "a shell loop or a job array, one torchrun for each value; --multirun alone runs in one process",
+        )
 
 
 @functools.cache
@@ -171,7 +183,8 @@ def read_config(config: DictConfig, schema: Schema) -> dict[str, Any]:
     _check_interpolations("", OmegaConf.to_container(config))
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
-        raise UserError(f"no value for {', '.join(missing)}", " ".join(f"{key}=VALUE" for key in missing))
+        here = ", or for good on this machine in conf/local/ (docs/train.md)" if "data.root" in missing else ""
+        raise UserError(f"no value for {', '.join(missing)}", " ".join(f"{key}=VALUE" for key in missing) + here)
     plain = OmegaConf.to_container(config, resolve=True)
     check_config(plain, schema)
     return plain

@@ -24,6 +24,7 @@ class Purpose(IntEnum):
     MICRO_BATCH = 4
     IMAGE_OPS = 5
     SUBSTITUTE = 6
+    SYNTHETIC = 7
 
 
 def generator(purpose: Purpose, *key: int) -> np.random.Generator:

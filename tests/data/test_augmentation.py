@@ -122,6 +122,16 @@ def test_mixing_gives_timms_soft_targets_and_is_seeded_by_the_micro_batch():
     assert results[0].targets.min().item() == pytest.approx(0.1 / 5)
 
 
+@pytest.mark.parametrize(("mode", "shares"), [("batch", 1), ("pair", 4), ("elem", 8)])
+def test_mixing_can_be_drawn_for_each_image(mode, shares):
+    augment = BatchAugmentation(Augmentation(erasing=0.0, label_smoothing=0.0, cutmix=0.0, mix_mode=mode), 8)
+    mixed = augment(Batch(torch.randn(8, 3, 32, 32), torch.arange(8)))
+    assert (
+        len({round(float(share), 5) for share in mixed.targets.diagonal().minimum(1 - mixed.targets.diagonal())})
+        == shares
+    )
+
+
 def test_smoothing_alone_mixes_nothing_and_nothing_at_all_keeps_hard_targets():
     images, targets = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
     off = dict(erasing=0.0, mixup=0.0, cutmix=0.0)

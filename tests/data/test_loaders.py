@@ -1,5 +1,6 @@
 """Both loaders, DALI's pipelines and the torch one, against timm's and PIL's pixels; on the CPU, with real JPEGs."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -218,3 +219,13 @@ def test_the_torch_loader_names_an_image_that_it_cannot_read(tmp_path, photos, d
     with pytest.raises(UserError, match=r"val/a/00\.png cannot be used") as error:
         next(iter(data.evaluation_batches(world())))
     assert "data.exclude" in error.value.fix
+
+
+def test_without_dali_the_package_and_the_other_loader_are_named(image_root, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    monkeypatch.delitem(sys.modules, "contextual_cnn.data.dali", raising=False)
+    monkeypatch.delattr("contextual_cnn.data.dali", raising=False)
+    with pytest.raises(UserError, match="DALI is not installed") as refused:
+        ImageData(root=str(image_root)).evaluation_batches(World(0, 1, 0, CPU))
+    for name in ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "data.loader=torch"):
+        assert name in refused.value.fix

@@ -69,12 +69,12 @@ def test_the_csv_survives_awkward_names(tmp_path):
 
 
 def test_where_it_cannot_be_written_is_said_before_and_after(tmp_path):
-    check_writable(tmp_path / "new.csv")
+    check_writable(tmp_path / "new.csv", "predictions")
     with pytest.raises(UserError, match="it is a folder"):
-        check_writable(tmp_path)
+        check_writable(tmp_path, "predictions")
     nowhere = tmp_path / "nowhere" / "new.csv"
     with pytest.raises(UserError, match="there is no folder"):
-        check_writable(nowhere)
+        check_writable(nowhere, "predictions")
     empty = Predictions(torch.zeros(0, 5, dtype=torch.long), torch.zeros(0, 5))
     with pytest.raises(UserError, match="cannot be written"):
         write_predictions(nowhere, empty, ImageFiles(tmp_path, ("a",), (), np.zeros(0, dtype=np.int64)))

@@ -15,6 +15,13 @@ from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.optim import build_optimizer, build_schedule
 
 
+class WithStatistics(nn.Sequential):
+    """(B, 3, 4, 4) -> (B, 2) logits, with a batch norm on the way."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 2))
+
+
 class Small(nn.Module):
     """Two layers of the same shape, so that their moments could be mistaken for each other's."""
 
@@ -22,9 +29,6 @@ class Small(nn.Module):
         super().__init__()
         for name in order:
             self.add_module(name, nn.Linear(size, size))
-
-    def forward(self, images):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 def training_step(model, state=None):
@@ -60,7 +64,13 @@ def test_the_state_of_another_model_is_refused_with_what_differs():
         training_step(Small("first", "second", size=5), state)
 
 
-def test_too_little_memory_names_the_micro_batch_to_use():
-    batch = Batch(torch.zeros(8, 3, 4, 4), torch.zeros(8, dtype=torch.int64))
-    with pytest.raises(UserError, match=r"memory of cpu does not suffice for 8 images at once\n.*micro_batch_size=4 "):
-        training_step(Small("first"))(0, iter([batch]))
+def test_a_step_that_is_skipped_leaves_the_statistics_of_batch_norms_too():
+    model = WithStatistics()
+    step = training_step(model)
+    targets = torch.zeros(8, dtype=torch.int64)
+    step(0, iter([Batch(torch.randn(8, 3, 4, 4), targets)]))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert before["0.num_batches_tracked"] == 1
+    step(1, iter([Batch(torch.full((8, 3, 4, 4), torch.nan), targets)]))
+    assert step.meter.skipped_in_a_row == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -1,12 +1,15 @@
 """Decay groups, the schedule's values, and the guard."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from timm.utils import adaptive_clip_grad
 
 from contextual_cnn.errors import UserError
 from contextual_cnn.models import build_model
-from contextual_cnn.optim import build_optimizer, build_schedule, step_if_finite
+from contextual_cnn.optim import build_optimizer, build_schedule, clip_gradients, step_if_finite
 from tests import reference
 
 
@@ -66,3 +69,65 @@ def test_a_warm_up_as_long_as_the_run_is_refused():
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     with pytest.raises(UserError, match="warmup"):
         build_schedule(optimizer, 10, epochs=20, warmup_epochs=20)
+
+
+def rates(steps_per_epoch, epochs, **options):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = build_schedule(optimizer, steps_per_epoch, epochs=epochs, warmup_epochs=1, min_lr=0.0, **options)
+    found = []
+    for step in range(epochs * steps_per_epoch):
+        schedule.step_update(step)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+def test_the_other_schedules_warm_up_and_take_their_shape():
+    by_name = {
+        "poly": rates(10, 5, name="poly", decay_rate=1.0),
+        "step": rates(10, 5, name="step", decay_epochs=2),
+        "wsd": rates(10, 5, name="wsd", decay_epochs=2),
+        "constant": rates(10, 5, name="constant"),
+        "tanh": rates(10, 5, name="tanh"),
+    }
+    for found in by_name.values():
+        assert found[:10] == pytest.approx([i / 10 for i in range(10)])
+    assert by_name["poly"][10:] == pytest.approx([1 - i / 40 for i in range(40)])
+    assert by_name["step"][10:] == pytest.approx([1.0] * 20 + [0.1] * 20)
+    assert by_name["wsd"][10:31] == pytest.approx([1.0] * 21)
+    assert 1 > by_name["wsd"][31] > by_name["wsd"][-1] > 0
+    assert by_name["constant"][10:] == [1.0] * 40
+    assert all(b <= a for a, b in itertools.pairwise(by_name["tanh"][10:]))
+    with pytest.raises(UserError, match="decay_epochs"):
+        rates(10, 5, name="step", decay_epochs=5)
+
+
+@pytest.mark.parametrize(("scaling", "expected"), [("none", 0.1), ("linear", 0.4), ("sqrt", 0.2)])
+def test_the_learning_rate_grows_with_the_global_batch_if_asked(scaling, expected):
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), 1024, lr=0.1, lr_scaling=scaling, lr_base_size=256)
+    assert {group["lr"] for group in optimizer.param_groups} == {expected}
+
+
+def test_gradients_are_clipped_in_three_ways():
+    def clipped(limit, mode):
+        torch.manual_seed(0)
+        model = build_model(name="convnext_atto", num_classes=3)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        before = {name: p.grad.clone() for name, p in model.named_parameters()}
+        norm = torch.cat([grad.flatten() for grad in before.values()]).norm()
+        torch.testing.assert_close(clip_gradients(model, limit, mode), norm, rtol=1e-3, atol=0)
+        return model, before, {name: p.grad for name, p in model.named_parameters()}
+
+    _, before, after = clipped(None, "agc")
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    _, _, after = clipped(0.5, "norm")
+    assert torch.cat([grad.flatten() for grad in after.values()]).norm() == pytest.approx(0.5, rel=1e-4)
+    _, before, after = clipped(0.5, "value")
+    assert all(torch.equal(after[name], before[name].clamp(-0.5, 0.5)) for name in before)
+    model, before, after = clipped(0.01, "agc")
+    assert torch.equal(after["head.fc.weight"], before["head.fc.weight"])
+    for name, parameter in model.named_parameters():
+        parameter.grad = before[name]
+    adaptive_clip_grad([p for name, p in model.named_parameters() if not name.startswith("head.fc")], 0.01)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(after[name], parameter.grad), name

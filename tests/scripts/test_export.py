@@ -8,9 +8,11 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import contextual_cnn.models  # noqa: F401 - registers them
+from contextual_cnn.engine.checkpoint import write_checkpoint
 from tests.conftest import run_command
 from tests.scripts.run_folders import CLASSES, SIZE, write_run
 
@@ -78,6 +80,19 @@ def test_onnxruntime_runs_any_batch(run):
         (logits,) = session.run(None, {"images": images(batch).numpy()})
         assert_close(torch.from_numpy(logits), expected, rtol=0, atol=1e-4)
         assert (logits.argmax(axis=1) == expected.argmax(dim=1).numpy()).all()
+
+
+def test_several_checkpoints_become_their_mean(run, tmp_path):
+    folder, model = run
+    state = torch.load(folder / "checkpoints" / "best.pt", weights_only=True)
+    state["model"] = {name: 3 * tensor for name, tensor in state["model"].items()}
+    write_checkpoint(state, tmp_path / "other.pt")
+    command = ["--checkpoint", str(folder), str(tmp_path / "other.pt"), "--format", "timm", "--output", str(tmp_path)]
+    done = run_command("scripts/export.py", *command)
+    assert done.returncode == 0, done.stderr
+    assert "the mean of 2 checkpoints" in done.stdout
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        assert_close(tensor, 2 * model.state_dict()[name])
 
 
 def test_what_cannot_be_exported_says_so(tmp_path):

@@ -34,7 +34,8 @@ class Augmentation:
     interpolation: of RandAugment's geometry; timm's recipe is bicubic, bilinear is the cheaper default.
     color_jitter: largest change of brightness, contrast and saturation; as in timm it means nothing beside RandAugment.
     erasing: probability that a sample has a rectangle replaced by noise (timm's RandomErasing, per pixel).
-    mixup, cutmix: alpha of the Beta distribution; 0 turns one off. mix_prob, mix_switch_prob: as timm's Mixup.
+    mixup, cutmix: alpha of the Beta distribution; 0 turns one off. mix_prob, mix_switch_prob, mix_mode: as timm's Mixup
+        (one share for the whole batch, for each pair of images, or for each image).
     label_smoothing: share of the target spread over all classes.
     """
 
@@ -49,6 +50,7 @@ class Augmentation:
     cutmix: float = 1.0
     mix_prob: float = 1.0
     mix_switch_prob: float = 0.5
+    mix_mode: Literal["batch", "pair", "elem"] = "batch"
     label_smoothing: float = 0.1
 
     def __post_init__(self) -> None:
@@ -167,6 +169,7 @@ class BatchAugmentation:
                 cutmix_alpha=augmentation.cutmix,
                 prob=augmentation.mix_prob if augmentation.mixes else 0.0,  # 0: smoothing alone
                 switch_prob=augmentation.mix_switch_prob,
+                mode=augmentation.mix_mode,
                 label_smoothing=augmentation.label_smoothing,
                 num_classes=num_classes,
             )

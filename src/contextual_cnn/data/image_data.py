@@ -7,6 +7,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from contextual_cnn.contracts import Batch
 from contextual_cnn.data.augmentation import Augmentation
 from contextual_cnn.data.bad_images import BadImages
@@ -29,8 +31,9 @@ class ImageData:
     Args:
         root: the folder with train/ and val/, or train.txt and val.txt.
         layout: class folders, a list file, tar shards, or, to evaluate on, class folders without splits ("benchmark");
-            "auto" looks which it is.
+            "auto" looks which it is. "synthetic" is noise that is nowhere.
         exclude: a file with the names of images to leave out, or None.
+        limit: so many images of each split, spread evenly over it, to try something out; None takes all.
         image_size: side of the model's input, in pixels.
         crop_pct: evaluation resizes the shorter side to image_size / crop_pct, then crops the centre.
         mean, std: of the normalisation, for values in 0..1.
@@ -41,7 +44,7 @@ class ImageData:
         shuffle_shards: None shuffles an epoch as a whole; N shuffles the shards, then the images of N shards at a
             time, so that a network file system reads N files at a time and not all of them.
         loader: "dali", or "torch" for machines without it: worker processes with PIL, to the same images but for
-            resampling.
+            resampling. "synthetic" reads nothing and gives noise, for the speed of all the rest.
         randaugment_on: the "loader" augments, or torch the batch on its "device".
         on_bad_image: "skip" names an image that cannot be read or decoded in the log, puts another in its place while
             training and counts it as wrong in an evaluation; "stop" ends the run.
@@ -57,8 +60,9 @@ class ImageData:
         classes: tuple[str, ...] | None = None,
         *,
         root: str,
-        layout: Literal["auto", "folders", "list", "shards", "benchmark"] = "auto",
+        layout: Literal["auto", "folders", "list", "shards", "benchmark", "synthetic"] = "auto",
         exclude: str | None = None,
+        limit: int | None = None,
         image_size: int = 224,
         crop_pct: float = 0.875,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
@@ -68,7 +72,7 @@ class ImageData:
         eval_batch_size: int = 128,
         repeats: int = 1,
         shuffle_shards: int | None = None,
-        loader: Literal["dali", "torch"] = "dali",
+        loader: Literal["dali", "torch", "synthetic"] = "dali",
         randaugment_on: Literal["loader", "device"] = "loader",
         on_bad_image: Literal["skip", "stop"] = "skip",
         max_bad_images: int = 100,
@@ -80,8 +84,8 @@ class ImageData:
             )
         if not 0 < crop_pct <= 1:
             raise UserError(f"data.crop_pct is a share between 0 and 1, got {crop_pct}", "data.crop_pct=0.875")
-        at_least_one = dict(repeats=repeats, shuffle_shards=shuffle_shards, threads=threads, prefetch=prefetch)
-        for key, value in (at_least_one | dict(eval_batch_size=eval_batch_size)).items():
+        at_least_one = dict(repeats=repeats, shuffle_shards=shuffle_shards, limit=limit, threads=threads)
+        for key, value in (at_least_one | dict(prefetch=prefetch, eval_batch_size=eval_batch_size)).items():
             if value is not None and value < 1:
                 raise UserError(f"data.{key} must be 1 or more, got {value}", f"data.{key}=1")
         if max_bad_images < 0:
@@ -96,13 +100,16 @@ class ImageData:
         for split in splits:
             source = open_source(self.root, split, self.layout, classes)
             classes = source.classes
-            self.sources[split] = self._without_excluded(source, split)
+            source = self._without_excluded(source, split)
+            if limit is not None and limit < len(source):
+                source = source.take(np.linspace(0, len(source), limit, endpoint=False, dtype=np.int64))
+            self.sources[split] = source
         self.classes = classes
         self.repeats, self.shuffle_shards = repeats, shuffle_shards
         self.image_size, self.crop_pct, self.eval_batch_size = image_size, crop_pct, eval_batch_size
         self._image = dict(image_size=image_size, mean=mean, std=std)
         self._threads, self._prefetch, self._randaugment_on = threads, prefetch, randaugment_on
-        self._loader = loader
+        self.loader = loader
         self.bad_images = BadImages(on_bad_image, max_bad_images)
 
     @property
@@ -116,6 +123,7 @@ class ImageData:
             "list": "list files",
             "shards": "tar shards",
             "benchmark": "class folders without splits",
+            "synthetic": "noise",
         }[self.layout]
         counts = ", ".join(f"{split} {len(source)} images" for split, source in self.sources.items())
         log.info("%s: %s, %d classes, %s, %d left out", self.root, kind, self.num_classes, counts, len(self._left_out))
@@ -166,8 +174,12 @@ class ImageData:
         return source.take(kept)
 
     def _loader_module(self) -> ModuleType:
-        """dali.py or torch_loader.py; after the checks, as importing DALI takes seconds."""
-        if self._loader == "torch":
+        """dali.py or one that takes its place; after the checks, as importing DALI takes seconds."""
+        if self.loader == "synthetic":
+            from contextual_cnn.data import synthetic_loader
+
+            return synthetic_loader
+        if self.loader == "torch":
             from contextual_cnn.data import torch_loader
 
             return torch_loader

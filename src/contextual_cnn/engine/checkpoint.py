@@ -115,19 +115,22 @@ def find_checkpoint(given: str) -> Path:
     path = Path(given).expanduser()
     if not path.is_dir():
         return path
-    candidates = [
-        path / "checkpoints" / "best.pt",
-        path / "checkpoints" / "last.pt",
-        path / "best.pt",
-        path / "last.pt",
-    ]
-    for candidate in candidates:
+    for candidate in _in_folder(path):
         if candidate.is_file():
             return candidate
     raise UserError(
         f"checkpoint: {path} holds no checkpoints/best.pt or last.pt",
         "give a run folder (outputs/NAME) or a .pt file",
     )
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether `find_checkpoint` finds one there."""
+    return any(candidate.is_file() for candidate in _in_folder(folder))
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    return [parent / f"{name}.pt" for parent in (folder / "checkpoints", folder) for name in ("best", "last")]
 
 
 def step_of(path: Path) -> int | None:

@@ -85,8 +85,8 @@ def write_predictions(path: Path, predictions: Predictions, source: ImageSource)
         raise UserError(f"predictions: {path} cannot be written: {error}", "predictions=FILE") from error
 
 
-def check_writable(path: Path) -> None:
-    """Before the work is done rather than after it. Raises UserError."""
+def check_writable(path: Path, key: str) -> None:
+    """Before the work is done rather than after it. Raises UserError, naming the key that asked for the file."""
     if path.is_dir() or not path.parent.is_dir():
         reason = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
-        raise UserError(f"predictions: {path} cannot be written: {reason}", "predictions=predictions.csv")
+        raise UserError(f"{key}: {path} cannot be written: {reason}", f"{key}={key}.csv")

@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 def describe(metrics: dict[str, float]) -> str:
-    """A log step's metrics in one line: losses, recall per stage, lr, speed."""
+    """A log step in one line: losses, recall per stage, lr, speed, most memory of the GPU (or the process's)."""
     stages = [value for name, value in metrics.items() if name.startswith("train/loss_stage")]
     recalls = [value for name, value in metrics.items() if name.startswith("train/recall_stage")]
     parts = [f"loss {metrics['train/loss']:.3f}"]
@@ -23,6 +23,8 @@ def describe(metrics: dict[str, float]) -> str:
     parts.append(f"lr {metrics['train/lr']:.2e}")
     parts.append(f"{metrics['train/images_per_second']:.3g} img/s")
     parts.append(f"data wait {metrics['train/data_wait']:.0f} %")
+    memory = metrics.get("train/memory_gib", metrics["train/host_memory_gib"])
+    parts.append(f"memory {memory:.3g} GiB")
     return ", ".join(parts)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from contextual_cnn.contracts import StagedLoss, StagedScores
 from contextual_cnn.distributed import World
+from contextual_cnn.engine.memory import resident_gib
 from contextual_cnn.engine.metrics import Sums, labels_of, stage_hits, top_hits
 
 
@@ -70,6 +71,7 @@ class TrainMeter:
             "bad_images": sums.pop("bad_images"),
             "images_per_second": images / seconds,
             "data_wait": 100 * waited / seconds,
+            "host_memory_gib": resident_gib(),
         }
         for name, value in sums.items():
             metrics[name] = value / images * (100 if name.startswith(("top1", "recall")) else 1)

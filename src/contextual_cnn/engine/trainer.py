@@ -19,6 +19,7 @@ from contextual_cnn.distributed import AnyRank, World, barrier
 from contextual_cnn.engine.checkpoint_store import CheckpointStore
 from contextual_cnn.engine.evaluator import EvaluationStopped, evaluate
 from contextual_cnn.engine.loggers import MetricsLogger
+from contextual_cnn.engine.memory import GrowthWatch, resident_gib
 from contextual_cnn.engine.progress import ProgressDisplay, describe_evaluation
 from contextual_cnn.engine.stopping import StopRequest
 from contextual_cnn.engine.trainer_settings import TrainerSettings
@@ -89,7 +90,7 @@ class Trainer:
             world=world,
             state=state,
         )
-        self.meter = self.train_step.meter
+        self.meter, self._memory = self.train_step.meter, GrowthWatch()
 
     def fit(self, logger: MetricsLogger, console: Console, request: StopRequest) -> bool:
         """Trains until the run is complete, or until a process is asked to stop; then everything is saved.
@@ -234,6 +235,7 @@ class Trainer:
                 return False
             logger.log(self.step, metrics)
         self._ended_step = self.step
+        self._memory.look(resident_gib())
         is_due = is_last or is_best or (self.epoch % self.store.every_epochs == 0 and self._is_sound)
         if self.world.is_main and is_due:
             self.store.save(self._state(), is_best=is_best)

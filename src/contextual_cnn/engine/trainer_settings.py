@@ -8,6 +8,7 @@ import torch
 
 from contextual_cnn.engine.stopping import seconds_of
 from contextual_cnn.errors import UserError
+from contextual_cnn.optim import Clipping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class TrainerSettings:
     ema_decay: per optimizer step; null keeps no average. Evaluated beside the raw weights.
     ema_warmup: lets the decay grow to its value, for runs too short for it.
     grad_clip: largest norm of the gradient; null does not clip.
+    grad_clip_mode: "value" limits each entry instead, "agc" each unit by its weights (see `clip_gradients`).
     max_steps: ends the run early, without bending the schedule.
     max_time: ends the run in order after "hours:minutes:seconds", or a number of hours, of this process;
         the same command goes on.
@@ -42,6 +44,7 @@ class TrainerSettings:
     ema_decay: float | None = 0.9999
     ema_warmup: bool = False
     grad_clip: float | None = None
+    grad_clip_mode: Clipping = "norm"
     max_steps: int | None = None
     max_time: str | float | None = None
     on_nonfinite: Literal["skip", "stop", "rollback"] = "skip"

@@ -16,12 +16,13 @@ from contextual_cnn.data.augmentation import BatchAugmentation
 from contextual_cnn.data.bad_images import BadImages
 from contextual_cnn.data.sampler import BatchPlan
 from contextual_cnn.distributed import World
+from contextual_cnn.engine.memory import out_of_memory
 from contextual_cnn.engine.nonfinite import explain_nonfinite
 from contextual_cnn.engine.train_meter import TrainMeter
 from contextual_cnn.engine.trainer_settings import TrainerSettings
 from contextual_cnn.errors import UserError
 from contextual_cnn.losses import StagedCrossEntropy
-from contextual_cnn.optim import step_if_finite
+from contextual_cnn.optim import clip_gradients, step_if_finite
 from contextual_cnn.randomness import Purpose, seed_all
 
 
@@ -85,26 +86,24 @@ class TrainingStep:
         try:
             self._step(step, batches)
         except torch.OutOfMemoryError as error:
-            plan = self._plan
-            raise UserError(
-                f"the memory of {self._world.device} does not suffice for {plan.micro_batch} images at once",
-                f"trainer.micro_batch_size={max(1, plan.micro_batch // 2)} (the global batch stays "
-                f"{plan.global_batch}), or model.grad_checkpointing=true",
-            ) from error
+            raise out_of_memory(self._world, self._plan, step) from error
 
     def _step(self, step: int, batches: Iterator[Batch]) -> None:
         self.schedule.step_update(step)
         self.optimizer.zero_grad(set_to_none=True)
+        statistics = [(buffer, buffer.clone()) for buffer in self.module.buffers()]  # of batch norms
         for accumulated in range(self._plan.accumulation):
             with self.meter.waiting_for_data():
                 batch = next(batches)
             batch = self._augment(batch, step, accumulated)
             self._accumulate(batch, last=accumulated == self._plan.accumulation - 1)
-        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self._settings.grad_clip or float("inf"))
+        norm = clip_gradients(self.module, self._settings.grad_clip, self._settings.grad_clip_mode)
         finite = torch.isfinite(norm)  # of the reduced gradient, hence the same on all ranks
         if self._settings.on_nonfinite == "stop":
             finite = finite & (self.meter.skipped_in_a_row == 0)  # the first one to be skipped is the last one
         step_if_finite(self.optimizer, finite)
+        for buffer, before in statistics:  # the forward passes have changed them already
+            buffer.copy_(torch.where(finite, buffer, before))
         if self.ema is not None:
             self.ema.update(self.module, step=step + 1 if self._settings.ema_warmup else None)
         self.meter.add_step(norm, finite)

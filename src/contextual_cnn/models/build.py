@@ -1,5 +1,6 @@
 """A model from its config: ours or any other of timm's, under the same recipe, optionally from given weights."""
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,9 +51,10 @@ def build_model(
         if not 0 <= rate < 1:
             raise UserError(f"model.{key} must be at least 0 and below 1, got {rate}", f"model.{key}=0.1")
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('_')[0]}*")[:5] or timm.list_models("contextual_*")
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5) or timm.list_models("contextual_*")
         raise UserError(
-            f"there is no model named {name!r}", f"model.name is a timm model, for example {', '.join(near)}"
+            f"there is no model named {name!r}",
+            f"did you mean {', '.join(near)}? python scripts/describe_model.py '*{name.split('_')[0]}*' lists more",
         )
     options = {
         "drop_path_rate": drop_path_rate,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
@@ -12,9 +13,12 @@ from contextual_cnn.errors import UserError
 
 def build_optimizer(
     model: nn.Module,
+    global_batch: int = 4096,
     *,
     name: str = "adamw",
     lr: float = 1e-3,
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none",
+    lr_base_size: int = 4096,
     weight_decay: float = 0.05,
     betas: Sequence[float] | None = (0.9, 0.999),
     eps: float | None = 1e-8,
@@ -26,7 +30,10 @@ def build_optimizer(
     (class embeddings, temperature).
 
     Args:
-        lr: peak learning rate at the config's global batch; it is not rescaled.
+        global_batch: images per step.
+        lr: peak learning rate, as it is, unless lr_scaling says otherwise.
+        lr_scaling, lr_base_size: lr belongs to a batch of lr_base_size images, and grows in proportion to the global
+            batch, or to its square root.
         betas, eps, momentum: None leaves the optimizer's own; set those to null that an optimizer does not have.
 
     Raises:
@@ -47,6 +54,9 @@ def build_optimizer(
     for key in options:
         if not getattr(info, f"has_{key}"):  # timm would pass over it in silence
             raise UserError(f"optimizer {name} has no {key}", f"optimizer.{key}=null")
+    if lr_base_size < 1:
+        raise UserError(f"optimizer.lr_base_size must be 1 or more, got {lr_base_size}", "optimizer.lr_base_size=4096")
+    lr *= (global_batch / lr_base_size) ** {"none": 0, "linear": 1, "sqrt": 0.5}[lr_scaling]
     if name in ("adamw", "adam"):
         options["fused"] = True
     return create_optimizer_v2(model, opt=name, lr=lr, weight_decay=weight_decay, **options)

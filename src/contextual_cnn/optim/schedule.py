@@ -1,5 +1,7 @@
 """The learning rate as a function of the step alone, so that resuming needs nothing saved."""
 
+from typing import Literal
+
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch.optim import Optimizer
@@ -11,16 +13,23 @@ def build_schedule(
     optimizer: Optimizer,
     steps_per_epoch: int,
     *,
-    name: str = "cosine",
+    name: Literal["cosine", "tanh", "poly", "wsd", "step", "constant"] = "cosine",
     epochs: int = 300,
     warmup_epochs: int = 20,
     warmup_lr: float = 0.0,
     min_lr: float = 1e-6,
+    decay_epochs: float | None = None,
+    decay_rate: float = 0.1,
 ) -> Scheduler:
     """ConvNeXt's schedule from timm's parts: linear warm-up, then cosine over the epochs that remain, per step.
 
     Args:
+        name: timm's other shapes take the place of the cosine. "plateau" is not among them: it hangs on what has been
+            measured, not on the step.
         epochs: in all, the warm-up included.
+        decay_epochs: "step" multiplies by decay_rate every so many epochs after the warm-up (None: 90), "wsd" falls
+            over the last so many (None: a fifth). The other shapes pass over it.
+        decay_rate: of "step"; of "poly" the power, 1 is linear.
 
     Returns:
         A scheduler to be called as `step_update(step)` before the optimizer's step.
@@ -30,6 +39,11 @@ def build_schedule(
             f"schedule.warmup_epochs={warmup_epochs} leaves nothing of schedule.epochs={epochs}",
             f"schedule.warmup_epochs={max(0, epochs // 15)}",
         )
+    if decay_epochs is not None and not 0 < decay_epochs <= epochs - warmup_epochs:
+        raise UserError(
+            f"schedule.decay_epochs={decay_epochs} does not fit the {epochs - warmup_epochs} epochs after the warm-up",
+            "schedule.decay_epochs=null",
+        )
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched=name,
@@ -38,6 +52,8 @@ def build_schedule(
         warmup_prefix=True,  # the cosine starts at its top when the warm-up ends (ConvNeXt), not part of the way down
         warmup_lr=warmup_lr,
         min_lr=min_lr,
+        decay_epochs=decay_epochs,
+        decay_rate=decay_rate,
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,
     )

@@ -8,16 +8,18 @@ from contextual_cnn.data.sources.benchmark_folders import open_benchmark_folders
 from contextual_cnn.data.sources.class_folders import open_class_folders
 from contextual_cnn.data.sources.file_list import open_file_list
 from contextual_cnn.data.sources.source import ImageSource
+from contextual_cnn.data.sources.synthetic import open_synthetic
 from contextual_cnn.data.sources.tar_shards import open_tar_shards, shards_of
 from contextual_cnn.errors import UserError
 
-Layout = Literal["folders", "list", "shards", "benchmark"]
+Layout = Literal["folders", "list", "shards", "benchmark", "synthetic"]
 
 _OPEN = {
     "folders": open_class_folders,
     "list": open_file_list,
     "shards": open_tar_shards,
     "benchmark": open_benchmark_folders,
+    "synthetic": open_synthetic,
 }
 
 

@@ -1,0 +1,65 @@
+"""The two kinds of batches without reading, decoding or augmenting: one batch of noise again and again.
+
+For the speed of the training alone. It has the same two names as dali.py, with the same arguments, of which those that
+are about pixels mean nothing.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from contextual_cnn.contracts import Batch
+from contextual_cnn.data.bad_images import BadImages
+from contextual_cnn.data.sampler import TrainSampler, evaluation_batches
+from contextual_cnn.data.sources import ImageSource
+from contextual_cnn.randomness import Purpose, generator
+
+
+def train_batches(
+    images: ImageSource,
+    sampler: TrainSampler,
+    augmentation: object,
+    bad: BadImages,
+    *,
+    image_size: int,
+    device: torch.device,
+    **_,
+) -> Iterator[Batch]:
+    """As `dali.train_batches`; the targets are the images' own."""
+    noise = _noise(sampler.plan.micro_batch, image_size, device)
+    n = 0
+    while True:
+        targets = torch.from_numpy(images.targets[sampler[n].indices])
+        # A batch of its own: what mixes does so in place
+        yield Batch(noise.clone(memory_format=torch.channels_last), targets.to(device))
+        n += 1
+
+
+class EvaluationBatches:
+    """As `dali.EvaluationBatches`."""
+
+    def __init__(
+        self,
+        images: ImageSource,
+        bad: BadImages,
+        *,
+        rank: int,
+        world_size: int,
+        batch_size: int,
+        image_size: int,
+        device: torch.device,
+        **_,
+    ) -> None:
+        self.images = len(images)
+        self._targets, self._device = images.targets, device
+        self._shares = list(evaluation_batches(len(images), batch_size, rank, world_size))
+        self._noise = _noise(batch_size, image_size, device)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for share in self._shares:
+            yield Batch(self._noise[: len(share)], torch.from_numpy(self._targets[share]).to(self._device))
+
+
+def _noise(images: int, size: int, device: torch.device) -> torch.Tensor:
+    noise = generator(Purpose.SYNTHETIC).standard_normal((images, 3, size, size), dtype="float32")
+    return torch.from_numpy(noise).to(device, memory_format=torch.channels_last)

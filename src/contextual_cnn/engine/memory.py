@@ -1,0 +1,51 @@
+"""Memory that does not suffice, or is never given back."""
+
+import logging
+
+from contextual_cnn.data.sampler import BatchPlan
+from contextual_cnn.distributed import World
+from contextual_cnn.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_GROWTH = 1.25
+
+
+def out_of_memory(world: World, plan: BatchPlan, step: int) -> UserError:
+    """What to do where a GPU's memory did not suffice for the step after `step`.
+
+    Halved micro-batches, accumulated twice as often, leave the global batch as it is.
+    """
+    return UserError(
+        f"the memory of {world.device} does not suffice for {plan.micro_batch} images at once (step {step + 1})",
+        f"trainer.micro_batch_size={max(1, plan.micro_batch // 2)} (the global batch stays {plan.global_batch}, "
+        f"{2 * plan.accumulation} times accumulated), or model.grad_checkpointing=true",
+    )
+
+
+def resident_gib() -> float:
+    """What this process holds of the machine's memory now."""
+    with open("/proc/self/status") as file:
+        kilobytes = next(line.split()[1] for line in file if line.startswith("VmRSS"))
+    return int(kilobytes) / 2**20
+
+
+class GrowthWatch:
+    """Warns when the process's memory has grown by a quarter since the first look, and again with every further one.
+
+    The first look belongs after everything has been allocated, such as at the end of the first epoch.
+    """
+
+    def __init__(self) -> None:
+        self._expected: float | None = None
+
+    def look(self, gib: float) -> None:
+        if self._expected is None:
+            self._expected = gib
+        elif gib > _GROWTH * self._expected:
+            log.warning(
+                "the process's memory has grown from %.2f to %.2f GiB; if it goes on, a run that is stopped and "
+                "resumed begins with little again (trainer.max_time)",
+                *(self._expected, gib),
+            )
+            self._expected = gib

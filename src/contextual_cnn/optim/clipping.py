@@ -1,0 +1,27 @@
+"""Clipping of the gradient, in timm's three ways."""
+
+from typing import Literal
+
+import torch
+from timm.utils import dispatch_clip_grad
+from torch import Tensor, nn
+
+Clipping = Literal["norm", "value", "agc"]
+
+
+def clip_gradients(model: nn.Module, limit: float | None, mode: Clipping) -> Tensor:
+    """Clips in place.
+
+    Args:
+        limit: the largest norm of the whole gradient, the largest value of an entry, or AGC's factor of a unit's
+            weights, which leaves the classifier alone (as its paper and timm do); None clips nothing.
+
+    Returns:
+        Scalar, the norm before it.
+    """
+    parameters = list(model.parameters())
+    norm = nn.utils.clip_grad_norm_(parameters, limit if limit is not None and mode == "norm" else torch.inf)
+    if limit is not None and mode != "norm":
+        spared = {id(p) for p in model.get_classifier().parameters()} if mode == "agc" else set()
+        dispatch_clip_grad([p for p in parameters if id(p) not in spared], limit, mode)
+    return norm

@@ -1,0 +1,43 @@
+"""Memory that does not suffice, or grows. The GPU's own refusal is stood in for: there is none here."""
+
+import logging
+import sys
+
+import pytest
+import torch
+
+import train
+from contextual_cnn import cli
+from contextual_cnn.engine.memory import GrowthWatch, resident_gib
+from contextual_cnn.engine.training_step import TrainingStep
+from tests.conftest import small_run
+
+
+@pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # torchrun's error file wants the real stderr
+def test_a_gpu_that_is_too_small_is_told_a_batch_that_keeps_the_recipe(image_root, tmp_path, monkeypatch, capsys):
+    def refuse(training_step, step, batches):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TrainingStep, "_step", refuse)
+    monkeypatch.setattr(sys, "argv", small_run(image_root, tmp_path))
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(train.main)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert "does not suffice for 8 images at once (step 1)" in printed
+    assert "trainer.micro_batch_size=4 (the global batch stays 16, 4 times accumulated)" in printed
+
+
+def test_growth_is_said_once_for_each_quarter(caplog):
+    watch = GrowthWatch()
+    with caplog.at_level(logging.WARNING):
+        for gib in (4.0, 4.9, 5.1, 5.2, 6.5, 4.0):
+            watch.look(gib)
+    assert [record.args for record in caplog.records] == [(4.0, 5.1), (5.1, 6.5)]
+
+
+def test_the_memory_is_this_processs():
+    before = resident_gib()
+    ballast = torch.ones(2**27)  # half a GiB
+    assert resident_gib() - before == pytest.approx(0.5, abs=0.1)
+    assert len(ballast) == 2**27

@@ -1,0 +1,54 @@
+"""scripts/slurm/submit.py, by submitit's local executor: a job that is signalled saves, comes back, and goes on."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.conftest import ROOT, run_command
+
+# In the place of torchrun and the training, which tests/test_launcher.py and test_slurm.py run: saves at the first
+# call's signal, is complete at the second call
+TRAINING = """#!/usr/bin/env bash
+trap 'echo 75 > "$CONTEXTUAL_CNN_STATUS_FILE"; exit 75' USR1
+echo "$@" >> "$CALLS"
+[ "$(wc -l < "$CALLS")" = 2 ] && exit 0
+while :; do sleep 0.1; done
+"""
+
+
+def test_a_job_that_is_signalled_comes_back_with_the_same_command(tmp_path):
+    calls, python = tmp_path / "calls", tmp_path / "python"
+    python.write_text(TRAINING)
+    python.chmod(0o755)
+    submit = subprocess.Popen(
+        [sys.executable, "scripts/slurm/submit.py", "--local", "--logs", str(tmp_path / "logs"), "run_name=a b"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": str(python), "CALLS": str(calls)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    job = int(re.match(r"job (\d+)", submit.stdout.readline()).group(1))
+    deadline = time.monotonic() + 60
+    while not calls.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    # The local executor's controller passes on no signal of SLURM's; its child is the task that gets one
+    (task,) = Path(f"/proc/{job}/task/{job}/children").read_text().split()
+    os.kill(int(task), signal.SIGUSR1)
+    submit.communicate(timeout=60)
+    assert submit.returncode == 0
+    first, second = calls.read_text().splitlines()
+    assert first == second
+    assert "torch.distributed.run --max-restarts" in first
+    assert "--nnodes 1 --nproc-per-node 1 --rdzv-backend c10d" in first
+    assert first.endswith("train.py run_name=a b")
+
+
+def test_it_explains_itself():
+    printed = run_command("scripts/slurm/submit.py", "--help").stdout
+    assert "--partition" in printed
+    assert "goes back into the queue" in " ".join(printed.split())
