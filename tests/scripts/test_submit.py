@@ -52,3 +52,23 @@ def test_it_explains_itself():
     printed = run_command("scripts/slurm/submit.py", "--help").stdout
     assert "--partition" in printed
     assert "goes back into the queue" in " ".join(printed.split())
+
+
+def test_what_slurm_is_told(tmp_path):
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, text in (("srun", "exit 1"), ("sbatch", f'cp "$1" {tmp_path}/batch\necho "Submitted batch job 4711"')):
+        (commands / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (commands / name).chmod(0o755)
+    done = run_command(
+        "scripts/slurm/submit.py",
+        *("--logs", str(tmp_path / "logs"), "--nodes", "2", "--partition", "gpu", "--hours", "0.5", "run_name=a"),
+        PATH=f"{commands}:{os.environ['PATH']}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("job 4711; its log: ")
+    told = (tmp_path / "batch").read_text()
+    for line in ("nodes=2", "ntasks-per-node=1", "gpus-per-node=8", "partition=gpu", "time=30", "signal=USR1@120"):
+        assert f"#SBATCH --{line}\n" in told, told
+    assert "#SBATCH --requeue" in told
+    assert "#SBATCH --exclusive" in told

@@ -26,7 +26,7 @@ class SyntheticImages(ImageSource):
     classes: tuple[str, ...]
     numbers: np.ndarray
 
-    @property
+    @functools.cached_property
     def targets(self) -> np.ndarray:
         return self.numbers % len(self.classes)
 
