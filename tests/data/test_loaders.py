@@ -1,5 +1,6 @@
 """Both loaders, DALI's pipelines and the torch one, against timm's and PIL's pixels; on the CPU, with real JPEGs."""
 
+import multiprocessing
 from dataclasses import replace
 
 import numpy as np
@@ -215,6 +216,8 @@ def test_the_torch_loader_names_an_image_that_it_cannot_read(tmp_path, photos, d
     path = root / "val" / "a" / "00.png"
     data = ImageData(root=str(root), image_size=64, threads=1, loader="torch", on_bad_image="stop")
     path.unlink() if damage == "gone" else path.write_bytes(path.read_bytes()[: 0 if damage == "empty" else 500])
+    others = set(multiprocessing.active_children())
     with pytest.raises(UserError, match=r"val/a/00\.png cannot be used") as error:
         next(iter(data.evaluation_batches(world())))
     assert "data.exclude" in error.value.fix
+    assert set(multiprocessing.active_children()) <= others  # the worker has ended, while the error is still there
