@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
-from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import decode_jpeg
 
@@ -29,6 +28,7 @@ from contextual_cnn.data.on_device import augment, normalise
 from contextual_cnn.data.randaugment import pil_ops
 from contextual_cnn.data.randaugment.policy import Op, fill_color
 from contextual_cnn.data.reader import read_image
+from contextual_cnn.data.resize import resize
 from contextual_cnn.data.sampler import TrainSampler, evaluation_batches
 from contextual_cnn.data.sources import ImageSource
 from contextual_cnn.errors import UserError
@@ -202,11 +202,9 @@ def _decode_jpeg(encoded: bytes) -> np.ndarray:
 
 
 def _crop(image: np.ndarray, draws: Draws, i: int, augmentation: Augmentation, size: int) -> np.ndarray:
-    """(size, size, 3) uint8. torch's resampling of bytes is Pillow's in a third of the time, but for roundings."""
+    """(size, size, 3) uint8."""
     top, left, height, width = crop_box(draws, i, *image.shape[:2], augmentation.ratio)
-    crop = np.array(image[top : top + height, left : left + width])
-    resized = interpolate(torch.from_numpy(crop).permute(2, 0, 1)[None], (size, size), mode="bicubic", antialias=True)
-    return resized[0].permute(1, 2, 0).numpy()
+    return resize(image[top : top + height, left : left + width], size, size)
 
 
 def _augment(pixels: np.ndarray, draws: Draws, i: int, augmentation: Augmentation, fill: tuple[int, ...]) -> np.ndarray:
