@@ -16,7 +16,7 @@ import timm.data
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from timm_reference import PILLOW_13_PATCH
+from timm_reference import PILLOW_13_PATCH, timm_arguments
 
 from contextual_cnn.data import Augmentation, ImageData
 from contextual_cnn.data.augmentation import BatchAugmentation
@@ -109,17 +109,9 @@ def _timm_batches(root: Path, augmentation: Augmentation, arguments: argparse.Na
             dataset,
             (3, arguments.image_size, arguments.image_size),
             arguments.batch_size,
-            is_training=True,
-            scale=augmentation.scale,
-            ratio=augmentation.ratio,
-            hflip=augmentation.hflip,
-            color_jitter=augmentation.color_jitter or None,
-            auto_augment=augmentation.randaugment,
-            re_prob=augmentation.erasing,
-            re_mode="pixel",
-            interpolation="bicubic",
             num_workers=len(os.sched_getaffinity(0)),
             device=torch.device(arguments.device),
+            **timm_arguments(augmentation),
         )
     return iter(loader)
 

@@ -14,22 +14,24 @@ from contextual_cnn.data.randaugment.pil_ops import posterize
 PILLOW_13_PATCH = {"PosterizeIncreasing": posterize}
 
 
+def timm_arguments(augmentation: Augmentation) -> dict:
+    """The recipe as timm's create_transform and create_loader want it."""
+    return dict(
+        is_training=True,
+        scale=augmentation.scale,
+        ratio=augmentation.ratio,
+        hflip=augmentation.hflip,
+        color_jitter=augmentation.color_jitter or None,
+        auto_augment=augmentation.randaugment,
+        interpolation="bicubic",
+        re_prob=augmentation.erasing,
+        re_mode="pixel",
+    )
+
+
 def timm_transform(
     augmentation: Augmentation, image_size: int, mean: Sequence[float], std: Sequence[float]
 ) -> Callable[[Image.Image], torch.Tensor]:
     """RGB image -> (3, size, size) float32, normalised and erased; it draws from the global generators."""
     with mock.patch.dict("timm.data.auto_augment.NAME_TO_OP", PILLOW_13_PATCH):
-        return create_transform(
-            image_size,
-            is_training=True,
-            scale=augmentation.scale,
-            ratio=augmentation.ratio,
-            hflip=augmentation.hflip,
-            color_jitter=augmentation.color_jitter or None,
-            auto_augment=augmentation.randaugment,
-            interpolation="bicubic",
-            mean=mean,
-            std=std,
-            re_prob=augmentation.erasing,
-            re_mode="pixel",
-        )
+        return create_transform(image_size, mean=mean, std=std, **timm_arguments(augmentation))

@@ -16,6 +16,7 @@ from contextual_cnn.data.augmentation import ATTEMPTS, Augmentation, draw
 from contextual_cnn.data.bad_images import BadImages, blank_if_bad, first_usable
 from contextual_cnn.data.on_device import augment, normalise
 from contextual_cnn.data.randaugment.policy import fill_color
+from contextual_cnn.data.resize import BatchResize
 from contextual_cnn.data.sampler import TrainSampler, evaluation_batches
 from contextual_cnn.data.sources import ImageSource
 from contextual_cnn.errors import UserError
@@ -193,7 +194,7 @@ def _train_pipeline(
         ndim=[ndim for _, ndim in inputs],
     )
     images = _decode_crop(encoded, heights, widths, place, ratio, on)
-    images = fn.resize(images, size=[image_size, image_size], interp_type=types.INTERP_CUBIC)
+    images = _resize(images, types.Constant([image_size, image_size], dtype=types.FLOAT), on)
     if normalisation is not None:
         flip, *ops = drawn
         if layers:
@@ -229,7 +230,7 @@ def _evaluation_pipeline(source: Callable, *, image_size: int, resize_size: int,
     resized = [dali_math.floor(side * float(resize_size) / shorter) for side in (height, width)]
     start = [_half_to_even(side - float(image_size)) for side in resized]
     images = fn.decoders.image(encoded, **_decoder_arguments(on))
-    images = fn.resize(images, size=fn.stack(*resized), interp_type=types.INTERP_CUBIC, subpixel_scale=False)
+    images = _resize(images, fn.stack(*resized), on)
     images = fn.slice(
         images,
         start=fn.cast(fn.stack(*start), dtype=types.INT32),
@@ -322,6 +323,20 @@ def _random_crop(height, width, heights, widths, place, ratio: Sequence[float]):
         for i in range(2)
     ]
     return fn.cast(fn.stack(*anchor), dtype=types.INT32), fn.cast(fn.stack(crop_height, crop_width), dtype=types.INT32)
+
+
+def _resize(images, size, on: str):
+    """Bicubic and antialiased. DALI's own takes a CPU five times as long, and is further away from Pillow.
+
+    Args:
+        size: height and width, whole numbers as float32.
+    """
+    if on == "cuda":
+        return fn.resize(images, size=size, interp_type=types.INTERP_CUBIC, subpixel_scale=False)
+    size = fn.cast(size, dtype=types.INT32)
+    by_threads = BatchResize(Pipeline.current().num_threads)
+    flat = fn.python_function(images, size, function=by_threads, batch_processing=True)
+    return fn.reshape(flat, shape=fn.cat(size, types.Constant([3], dtype=types.INT32)), layout="HWC")
 
 
 def _size_of(encoded):

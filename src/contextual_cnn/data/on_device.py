@@ -20,5 +20,7 @@ def augment(images: Tensor, draws: Draws, *, fill: tuple[int, ...], interpolatio
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(B, 3, H, W) uint8 -> float32, channels_last. mean, std: for values in 0..1."""
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) * 255 for values in (mean, std))
-    return images.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
+    pixels = images.permute(0, 2, 3, 1)
+    # By whole rows: a CPU is twice as fast along 3 W values as along three
+    mean, std = (torch.tensor(values, device=images.device).repeat(images.shape[3]) * 255 for values in (mean, std))
+    return pixels.flatten(2).float().sub_(mean).div_(std).view(pixels.shape).permute(0, 3, 1, 2)
