@@ -99,6 +99,7 @@ RUN = {
 
 FIGURES = "tests/analysis/test_figures.py::test_the_script_draws_everything_into_the_runs_folder_and_to_wandb"
 LAUNCHER = "tests/test_launcher.py::test_a_signal_to_any_process_stops_all_at_the_same_step"
+EVIDENCE = "tests/scripts/test_evidence.py::test_fashion_becomes_class_folders_and_the_variants_a_table"
 YAML = "tests/test_config.py::test_every_yaml_composes_and_builds"
 D, G = "${D}_contextual_convnext_atto", "${G}_contextual_convnext_atto"
 
@@ -148,8 +149,12 @@ ELSEWHERE = {
     "python scripts/tune_kernels.py": "tests/test_scripts.py::test_the_kernels_can_be_tuned",
     # docs/figures.md tells how its own pictures were made
     "python scripts/prepare_glyphs.py data/glyphs": "draws 14,000 letters in the system's fonts",
-    "for model in contextual_convnext_atto_digits convnext_atto; do": "shell",
-    "for model in contextual_convnext_atto convnext_atto; do": "shell",
+    "python scripts/prepare_glyphs.py data/glyphs_dark --dark-ink --val 20": "the same",
+    "apt-get install dataset-fashion-mnist": "installs",
+    "python scripts/prepare_fashion.py data/fashion --train 600 --val 500": EVIDENCE,
+    "python scripts/evidence.py --output docs/results/cpu-evidence.json": EVIDENCE,
+    "for model in \"contextual_convnext_atto_digits model.projection_norm=layer\" convnext_atto; do": "shell",
+    "for model in \"contextual_convnext_atto model.projection_norm=layer\" convnext_atto; do": "shell",
     "done": "shell",
     "D=outputs/digits G=outputs/glyphs": "shell",
     "python train.py experiment=digits model=$model data.image_size=96 schedule.epochs=6 "
