@@ -64,7 +64,7 @@ def main() -> None:
     if arguments.markdown is not None:
         arguments.markdown.write_text(as_markdown(report))
     print_table(report["rows"])
-    sys.exit(any(row["verdict"] == FAILED for row in report["rows"]))
+    sys.exit(int(any(row["verdict"] == FAILED for row in report["rows"])))
 
 
 def read_list() -> list[dict[str, Any]]:
