@@ -55,16 +55,16 @@ def main() -> None:
     chosen = [row for row in rows if arguments.all or row["id"] in arguments.ids]
     wanted = dict.fromkeys(name for row in chosen for name in row["shown_by"])
     names = [name for name in wanted if not (arguments.resume and name in outcomes)]
-    outcomes |= run_functions([name for name in names if name in FUNCTIONS])
-    outcomes |= run_tests([name for name in names if name not in FUNCTIONS])
-    concluded = [conclude(row, outcomes) for row in rows if outcomes.keys() >= set(row["shown_by"])]
-    report = {"environment": environment(), "rows": concluded, "outcomes": outcomes}
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    report = make_report(rows, outcomes)
+    for part in parts(names):
+        outcomes |= run_function(part[0]) if part[0] in FUNCTIONS else run_tests(part)
+        report = make_report(rows, outcomes)
+        if arguments.output is not None:  # after each part: it may be the last before the machine is needed
+            arguments.output.write_text(json.dumps(report, indent=1) + "\n")
     if arguments.markdown is not None:
         arguments.markdown.write_text(as_markdown(report))
-    print_table(concluded)
-    sys.exit(any(row["verdict"] == FAILED for row in concluded))
+    print_table(report["rows"])
+    sys.exit(int(any(row["verdict"] == FAILED for row in report["rows"])))
 
 
 def read_list() -> list[dict[str, Any]]:
@@ -75,6 +75,20 @@ def read_list() -> list[dict[str, Any]]:
 def read_outcomes(report: Path | None) -> dict[str, list[str]]:
     """[verdict, what happened] by what was run, of an earlier report; nothing where there is none."""
     return json.loads(report.read_text())["outcomes"] if report is not None and report.exists() else {}
+
+
+def parts(names: list[str]) -> list[list[str]]:
+    """What is run at once: a long function, or the tests of one file, which share what takes long to make."""
+    by_file = {}
+    for name in names:
+        by_file.setdefault(name.split("::")[0], []).append(name)
+    return list(by_file.values())
+
+
+def make_report(rows: list[dict[str, Any]], outcomes: dict[str, list[str]]) -> dict[str, Any]:
+    """The rows of which everything has been run."""
+    concluded = [conclude(row, outcomes) for row in rows if outcomes.keys() >= set(row["shown_by"])]
+    return {"environment": environment(), "rows": concluded, "outcomes": outcomes}
 
 
 def conclude(row: dict[str, Any], outcomes: dict[str, list[str]]) -> dict[str, Any]:
@@ -89,27 +103,22 @@ def conclude(row: dict[str, Any], outcomes: dict[str, list[str]]) -> dict[str, A
     return row | {"happened": "; ".join(happened), "verdict": PASSED if found else NOT_SHOWN}
 
 
-def run_functions(names: list[str]) -> dict[str, list[str]]:
-    """[verdict, what happened] by name."""
-    found, workspace = {}, Path(tempfile.mkdtemp(prefix="faults-"))
+def run_function(name: str) -> dict[str, list[str]]:
+    """[verdict, what happened] by the name."""
+    workspace = Path(tempfile.mkdtemp(prefix="faults-"))
     write_images(workspace / "images")
     try:
-        for name in names:
-            try:
-                happened = FUNCTIONS[name](workspace / "images", workspace / name.replace(" ", "-"))
-                found[name] = [PASSED, happened]
-            except Exception as error:  # a row that fails must not end the table
-                found[name] = [FAILED, f"{type(error).__name__}: {error}"[-600:]]
-            print(f"{name}: {': '.join(found[name])}", flush=True)
+        found = [PASSED, FUNCTIONS[name](workspace / "images", workspace / "runs")]
+    except Exception as error:  # a row that fails must not end the table
+        found = [FAILED, f"{type(error).__name__}: {error}"[-600:]]
     finally:
         shutil.rmtree(workspace)
-    return found
+    print(f"{name}: {': '.join(found)}", flush=True)
+    return {name: found}
 
 
 def run_tests(names: list[str]) -> dict[str, list[str]]:
     """[verdict, what happened] by the name in the list; one with parameters stands for all of its cases."""
-    if not names:
-        return {}
     reports = Reports()
     pytest.main(["-q", "--rootdir", str(ROOT), *(str(ROOT / name) for name in names)], plugins=[reports])
     return {name: reports.verdict(name) for name in names}

@@ -108,6 +108,8 @@ class Victim:
         if len(steps) < 2 or "last.pt" not in steps:
             return
         path = self._checkpoints / "last.pt"
+        if path.stat().st_nlink > 1:  # killed between two renames: previous.pt is the same file still
+            return
         self._damaged[path.name] = damaged(path.read_bytes(), self._draw)
         path.write_bytes(self._damaged[path.name])
         del steps[path.name]

@@ -94,7 +94,7 @@ def _exit(error: UserError) -> NoReturn:
     if _wants_traceback():
         traceback.print_exc()
     if _is_first_to_say(str(error)):
-        where = f"\n  on: rank {os.environ['RANK']}, {socket.gethostname()}" if world_size() > 1 else ""
+        where = f"\n  on: rank {os.environ.get('RANK', '0')}, {socket.gethostname()}" if world_size() > 1 else ""
         print(f"error: {error}{where}", file=sys.stderr)
     _leave(2)
 

@@ -73,7 +73,7 @@ class Trainer:
         self.step, self.best = 0, {"top1": -1.0, "epoch": 0, "weights": "raw"}
         self._ended_step = 0  # the last step after which the end of an epoch has been dealt with
         self._watchdog, self._phase = Watchdog(60 * settings.timeout_minutes, world.rank), "start"
-        self._warned_of_stalls = False
+        self._watches_stalls, self._warned_of_stalls = False, False
         self._skipping, self._rollbacks, self._rolled_back_at = False, 0, -settings.max_skipped_steps
         if state is not None:
             self.step, self.best, self._ended_step = state["step"], state["best"], state["ended_step"]
@@ -186,7 +186,9 @@ class Trainer:
 
     def _warn_of_stalls(self, data_wait: float) -> None:
         """Once; the figure is in every line of the log."""
-        if data_wait > _MOST_DATA_WAIT and not self._warned_of_stalls and self.world.is_main:
+        is_stall = data_wait > _MOST_DATA_WAIT and self._watches_stalls
+        self._watches_stalls = True  # until the first log step the pipelines start
+        if is_stall and self.world.is_main and not self._warned_of_stalls:
             log.warning(
                 "step %d: %.0f %% of the time went by in waiting for images; more data.threads, a faster disk or "
                 "smaller images would help",
