@@ -100,6 +100,7 @@ RUN = {
 FIGURES = "tests/analysis/test_figures.py::test_the_script_draws_everything_into_the_runs_folder_and_to_wandb"
 LAUNCHER = "tests/test_launcher.py::test_a_signal_to_any_process_stops_all_at_the_same_step"
 EVIDENCE = "tests/scripts/test_evidence.py::test_fashion_becomes_class_folders_and_the_variants_a_table"
+FAULTS = "takes half an hour; what it runs are these tests, and the kills of tests/test_kills.py"
 YAML = "tests/test_config.py::test_every_yaml_composes_and_builds"
 D, G = "${D}_contextual_convnext_atto", "${G}_contextual_convnext_atto"
 
@@ -143,6 +144,8 @@ ELSEWHERE = {
     "python scripts/compare_loaders.py": "tests/test_scripts.py::test_the_comparison_of_the_loaders_has_nine_distances",
     "python scripts/benchmark.py data --rounds 3": "takes minutes; tests/test_scripts.py runs the others of its kinds",
     "python scripts/benchmark.py op --released": "the same",
+    "python scripts/fault_suite.py --all": FAULTS,
+    "python scripts/fault_suite.py --all --output docs/results/cpu-faults.json --markdown docs/faults.md": FAULTS,
     "python scripts/compile_kernels.py": (
         "tests/ops/test_sampled_conv_triton.py::test_compiles_for_sm_90_without_spilling_registers"
     ),
@@ -153,8 +156,8 @@ ELSEWHERE = {
     "apt-get install dataset-fashion-mnist": "installs",
     "python scripts/prepare_fashion.py data/fashion --train 600 --val 500": EVIDENCE,
     "python scripts/evidence.py --output docs/results/cpu-evidence.json": EVIDENCE,
-    "for model in \"contextual_convnext_atto_digits model.projection_norm=layer\" convnext_atto; do": "shell",
-    "for model in \"contextual_convnext_atto model.projection_norm=layer\" convnext_atto; do": "shell",
+    'for model in "contextual_convnext_atto_digits model.projection_norm=layer" convnext_atto; do': "shell",
+    'for model in "contextual_convnext_atto model.projection_norm=layer" convnext_atto; do': "shell",
     "done": "shell",
     "D=outputs/digits G=outputs/glyphs": "shell",
     "python train.py experiment=digits model=$model data.image_size=96 schedule.epochs=6 "
