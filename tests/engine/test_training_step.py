@@ -31,7 +31,7 @@ class Small(nn.Module):
             self.add_module(name, nn.Linear(size, size))
 
 
-def training_step(model, state=None):
+def training_step(model, state=None, micro_batch=8):
     optimizer = build_optimizer(model)
     return TrainingStep(
         TrainerSettings(ema_decay=None),
@@ -41,7 +41,7 @@ def training_step(model, state=None):
         schedule=build_schedule(optimizer, 10),
         augment=lambda batch: batch,
         bad_images=BadImages("skip", 1),
-        plan=BatchPlan.make(images=16, global_batch=8, micro_batch=8, world_size=1),
+        plan=BatchPlan.make(images=16, global_batch=8, micro_batch=micro_batch, world_size=1),
         seed=0,
         world=World(0, 1, 0, torch.device("cpu")),
         state=state,
@@ -74,3 +74,9 @@ def test_a_step_that_is_skipped_leaves_the_statistics_of_batch_norms_too():
     step(1, iter([Batch(torch.full((8, 3, 4, 4), torch.nan), targets)]))
     assert step.meter.skipped_in_a_row == 1
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_micro_batches_of_one_image_are_refused_where_a_batch_norm_sees_one_vector_each():
+    with pytest.raises(UserError, match=r"micro-batches of one image\n.*projection_norm=layer"):
+        training_step(nn.Sequential(nn.Flatten(), nn.Linear(48, 4), nn.BatchNorm1d(4)), micro_batch=1)
+    training_step(WithStatistics(), micro_batch=1)  # maps have positions to count

@@ -39,6 +39,13 @@ def test_a_batch_norm_takes_out_of_the_projection_what_all_images_share():
     assert mean_similarity("batch") < 0.7
 
 
+def test_one_image_alone_is_projected_by_the_running_statistics():
+    projection = Projection(32, 16, "batch")
+    projection(torch.randn(8, 32, 2, 2))
+    alone = torch.randn(1, 32, 2, 2)
+    torch.testing.assert_close(projection.train()(alone), projection.eval()(alone))
+
+
 def test_merging_equals_the_gathered_form():
     """FC, LN, ReLU on each kept class's embedding, mean over them, FC, LN, ReLU (section 3.2)."""
     merging = Merging(embedding_dim=16)

@@ -38,6 +38,9 @@ class TrainingStep:
         module: the bare model; its parameters are those that are trained.
         ema: its average, or None.
         meter: what the steps measured.
+
+    Raises:
+        UserError: the state is another model's, or the micro-batches are too small for the model.
     """
 
     def __init__(
@@ -58,6 +61,11 @@ class TrainingStep:
         self._settings, self._plan, self._seed, self._world = settings, plan, seed, world
         self.module, self._loss, self.optimizer, self.schedule = model, loss, optimizer, schedule
         self._augment_batch, self._bad_images = augment, bad_images
+        if plan.micro_batch == 1 and any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
+            raise UserError(
+                "the model's projections have batch norms, which cannot learn from micro-batches of one image",
+                "trainer.micro_batch_size=2 or more, or model.projection_norm=layer",
+            )
         self.ema = None
         if settings.ema_decay is not None:
             self.ema = ModelEmaV3(model, decay=settings.ema_decay, use_warmup=settings.ema_warmup)

@@ -54,10 +54,20 @@ class Projection(nn.Sequential):
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
             nn.Linear(channels, channels),
-            nn.BatchNorm1d(channels) if norm == "batch" else nn.LayerNorm(channels),
+            _BatchNorm(channels) if norm == "batch" else nn.LayerNorm(channels),
             nn.ReLU(),
             nn.Linear(channels, embedding_dim),
         )
+
+
+class _BatchNorm(nn.BatchNorm1d):
+    """One image alone, which has no variance, is normalised by the running statistics in training mode too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C) -> (B, C)."""
+        if self.training and len(x) == 1:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(x)
 
 
 class Merging(nn.Module):
