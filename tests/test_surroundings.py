@@ -38,9 +38,15 @@ def test_nobody_reads_what_is_printed(image_root, tmp_path):
     """The pipe's reader ends after the first line; then the terminal hangs up, which saves and ends the run."""
     command = smallest_run(image_root, tmp_path, "schedule.epochs=200")
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    # Under nohup the tests' own processes ignore SIGHUP, and so would this one
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with process:
         process.stdout.readline()
         process.stdout.close()
         deadline = time.monotonic() + 120
