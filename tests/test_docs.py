@@ -155,6 +155,7 @@ ELSEWHERE = {
     "python scripts/prepare_glyphs.py data/glyphs_dark --dark-ink --val 20": "the same",
     "apt-get install dataset-fashion-mnist": "installs",
     "python scripts/prepare_fashion.py data/fashion --train 600 --val 500": EVIDENCE,
+    "python scripts/evidence.py": EVIDENCE,
     "python scripts/evidence.py --output docs/results/cpu-evidence.json": EVIDENCE,
     'for model in "contextual_convnext_atto_digits model.projection_norm=layer" convnext_atto; do': "shell",
     'for model in "contextual_convnext_atto model.projection_norm=layer" convnext_atto; do': "shell",
