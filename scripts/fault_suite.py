@@ -161,6 +161,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         "",
         "Written by `python scripts/fault_suite.py --all --output docs/results/cpu-faults.json --markdown "
         "docs/faults.md`,",
+        "or row by row with `--resume`, which keeps the outcomes of earlier passes,",
         f"on CPUs (torch {machine['packages']['torch']}, Python {machine['python']}). The list of faults, and which "
         "tests show each, is `tests/faults.toml`.",
         "",
