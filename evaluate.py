@@ -22,11 +22,11 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from contextual_cnn import cli
+from contextual_cnn.checkpoint import find_checkpoint, has_checkpoint
 from contextual_cnn.cli import Group
 from contextual_cnn.data import ImageData
 from contextual_cnn.data.sources import ImageSource
 from contextual_cnn.distributed import World, process_group
-from contextual_cnn.engine.checkpoint import find_checkpoint, has_checkpoint
 from contextual_cnn.engine.class_report import report_classes, write_class_report
 from contextual_cnn.engine.evaluator import evaluate
 from contextual_cnn.engine.predictions import Predictions, PredictionTable, check_writable, write_predictions

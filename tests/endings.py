@@ -2,7 +2,7 @@
 
 import torch
 
-from contextual_cnn.engine.checkpoint import load_checkpoint
+from contextual_cnn.checkpoint import load_checkpoint
 from contextual_cnn.engine.loggers import read_metrics
 
 

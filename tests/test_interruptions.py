@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from contextual_cnn.engine.checkpoint import load_checkpoint, step_of, write_checkpoint
+from contextual_cnn.checkpoint import load_checkpoint, step_of, write_checkpoint
 from contextual_cnn.engine.loggers import read_metrics
 from tests.conftest import small_run, torchrun
 from tests.endings import assert_same_end, checkpoint, losses, steps_logged

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from contextual_cnn.engine.checkpoint import load_checkpoint
+from contextual_cnn.checkpoint import load_checkpoint
 from contextual_cnn.engine.loggers import read_metrics
 from tests.conftest import small_run
 from tests.quick_start import run

@@ -9,8 +9,8 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 from contextual_cnn import cli
+from contextual_cnn.checkpoint import find_checkpoint, load_checkpoint
 from contextual_cnn.data import ImageData
-from contextual_cnn.engine.checkpoint import find_checkpoint, load_checkpoint
 from contextual_cnn.errors import UserError
 from contextual_cnn.models import build_model
 

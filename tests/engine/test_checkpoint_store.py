@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from contextual_cnn.checkpoint import load_checkpoint, step_of
 from contextual_cnn.engine import checkpoint_store
-from contextual_cnn.engine.checkpoint import load_checkpoint, step_of
 from contextual_cnn.engine.checkpoint_store import CheckpointStore
 from contextual_cnn.errors import UserError
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from contextual_cnn.engine.checkpoint import write_checkpoint
+from contextual_cnn.checkpoint import write_checkpoint
 from contextual_cnn.models import build_model
 from tests.conftest import wake_up
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from contextual_cnn.checkpoint import DamagedCheckpoint, load_checkpoint, step_of, write_checkpoint
 from contextual_cnn.distributed import is_main_process
-from contextual_cnn.engine.checkpoint import DamagedCheckpoint, load_checkpoint, step_of, write_checkpoint
 from contextual_cnn.errors import UserError
 
 log = logging.getLogger(__name__)

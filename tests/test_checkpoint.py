@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from contextual_cnn.engine.checkpoint import (
+from contextual_cnn.checkpoint import (
     DamagedCheckpoint,
     Manifest,
     find_checkpoint,
