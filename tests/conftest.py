@@ -27,8 +27,11 @@ def photos() -> list[np.ndarray]:
 
 @pytest.fixture(scope="session")
 def image_root(tmp_path_factory, photos) -> Path:
+    return write_class_folders(tmp_path_factory.mktemp("images"), photos)
+
+
+def write_class_folders(root: Path, photos: list[np.ndarray]) -> Path:
     """Class folders in ImageNet's layout: 6 classes, each a part of a photograph; 8 training and 3 val images each."""
-    root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for label in range(6):
         photo = photos[label % 2][:, label // 2 * 200 : label // 2 * 200 + 240]
