@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+
+from tests import quick_start
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel of ours is declared
@@ -65,17 +68,38 @@ def wake_up(model):
 def run_command(
     *command: str, cwd: Path = ROOT, timeout: float = 300, **environment: str
 ) -> subprocess.CompletedProcess:
-    """Runs one of the project's scripts with this interpreter: offline, one thread, output captured."""
+    """Runs one of the project's scripts: offline, one thread, output captured; without the seconds of imports."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = {"output": Path(folder) / "stdout", "errors": Path(folder) / "stderr"}
+        started = quick_start.Command(*command, folder=cwd, **files, **os.environ | environment)
+        status = started.wait(timeout)
+        stdout, stderr = (file.read_text() for file in files.values())
+        return subprocess.CompletedProcess(command, status, stdout, stderr)
+
+
+def run_python(
+    *arguments: str, cwd: Path = ROOT, timeout: float = 300, **environment: str
+) -> subprocess.CompletedProcess:
+    """Runs a Python of its own, where that is the point; otherwise as `run_command`."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1", **environment}
     return subprocess.run(
-        [sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False
+        [sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 
 def torchrun(processes: int, *command: str, **options) -> subprocess.CompletedProcess:
-    """As `run_command`, in several processes of one node."""
+    """As `run_python`, in several processes of one node, by the real launcher."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
-    return run_command(*launcher, *command, **options)
+    return run_python(*launcher, *command, **options)
+
+
+def run_group(processes: int, *command: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+    """As `run_command`, in several processes that meet as those of torchrun do; their output, rank by rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = quick_start.group(processes, *command, folder=Path(folder), **os.environ | environment)
+        statuses = [rank.wait(timeout) for rank in ranks]
+        printed = "".join(rank.printed for rank in ranks)
+        return subprocess.CompletedProcess(command, max(statuses, key=abs), printed, printed)
 
 
 def small_run(image_root: Path, output_dir: Path, *overrides: str) -> list[str]:

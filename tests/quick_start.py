@@ -27,16 +27,20 @@ class Command:
 
     Args:
         command: script and arguments.
-        output: the file that gets stdout and stderr.
+        output: the file that gets stdout, and stderr too.
+        errors: the file that gets stderr instead.
         folder: where it runs.
         environment: variables added to this process's; an empty text removes one.
     """
 
-    def __init__(self, *command: str, output: Path, folder: Path = ROOT, **environment: str) -> None:
+    def __init__(
+        self, *command: str, output: Path, errors: Path | None = None, folder: Path = ROOT, **environment: str
+    ) -> None:
         environment = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"} | environment
         self.output = output
         output.unlink(missing_ok=True)
-        self.process = _context.Process(target=_run, args=(list(command), str(output), str(folder), environment))
+        files = (str(output), str(errors or output))
+        self.process = _context.Process(target=_run, args=(list(command), files, str(folder), environment))
         self.process.start()
 
     @property
@@ -94,10 +98,9 @@ def group(
     ]
 
 
-def _run(command: list[str], output: str, folder: str, environment: dict[str, str]) -> None:
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+def _run(command: list[str], files: tuple[str, str], folder: str, environment: dict[str, str]) -> None:
+    for descriptor, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     os.environ.update(environment)
     for name in [name for name, value in environment.items() if not value]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from contextual_cnn.engine.loggers import read_metrics
-from tests.conftest import run_command, small_run, torchrun
+from tests.conftest import run_command, run_group, small_run, torchrun
 
 
 def losses(folder):
@@ -131,7 +131,7 @@ def test_evaluation_counts_every_image_once_at_any_world_size(straight, image_ro
     alone = evaluation(run_command(*arguments))
     report = straight[0] / "run" / "checkpoints" / "evaluation.json"
     assert json.loads(report.read_text())["images"] == 17
-    assert evaluation(torchrun(processes, *arguments)) == alone
+    assert evaluation(run_group(processes, *arguments)) == alone
     assert json.loads(report.read_text())["images"] == 17
 
 
@@ -150,7 +150,7 @@ def test_two_processes_train_as_one(straight, image_root, tmp_path):
 def test_two_processes_that_accumulate_train_as_one(straight, image_root, tmp_path):
     overrides = ["trainer.micro_batch_size=4", "trainer.max_steps=3"]
     runs = []
-    for run, folder in ((run_command, tmp_path / "alone"), (lambda *c: torchrun(2, *c), tmp_path / "shared")):
+    for run, folder in ((run_command, tmp_path / "alone"), (lambda *c: run_group(2, *c), tmp_path / "shared")):
         done = run(*small_run(image_root, folder, *overrides))
         assert done.returncode == 0, done.stderr
         runs.append(losses(folder))
@@ -172,7 +172,7 @@ def test_any_timm_model_trains_under_the_same_recipe_and_ranks_share_its_statist
         for a in small_run(image_root, tmp_path, *overrides)
         if not a.startswith(("model=contextual", "model.layer", "model.drop"))
     ]
-    done = torchrun(2, *arguments, "data.image_size=64", "logger.wandb=offline")
+    done = run_group(2, *arguments, "data.image_size=64", "logger.wandb=offline")
     assert done.returncode == 0, done.stderr
     assert "recall" not in done.stdout
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 1

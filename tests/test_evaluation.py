@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from contextual_cnn.engine.reliability import wilson_interval
-from tests.conftest import small_run, torchrun
+from tests.conftest import run_group, small_run
 from tests.quick_start import run
 
 
@@ -57,7 +57,7 @@ def test_the_predictions_are_complete_and_make_the_report_at_1_and_2_processes(t
     assert report["mean_f1"] == pytest.approx(100 * sum(float(row["f1"]) for row in by_class) / 6, abs=1e-3)
 
     command = ["evaluate.py", f"checkpoint={trained}", "device=cpu", "weights=raw"]
-    done = torchrun(2, *command, f"predictions={tmp_path}/shared.csv")
+    done = run_group(2, *command, f"predictions={tmp_path}/shared.csv")
     assert done.returncode == 0, done.stderr
     shared = read_csv(tmp_path / "shared.csv")
     assert [(row["name"], row["target"], row["class1"]) for row in shared] == [

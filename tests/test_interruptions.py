@@ -10,7 +10,7 @@ import torch
 
 from contextual_cnn.checkpoint import load_checkpoint, step_of, write_checkpoint
 from contextual_cnn.engine.loggers import read_metrics
-from tests.conftest import small_run, torchrun
+from tests.conftest import run_group, small_run
 from tests.endings import assert_same_end, checkpoint, losses, steps_logged
 from tests.quick_start import Command, run
 
@@ -150,7 +150,7 @@ def test_a_full_disk_costs_no_step_and_is_an_error_at_the_end(straight, image_ro
 
 def test_another_number_of_processes_goes_on_where_the_run_stands(straight, image_root, tmp_path):
     """Two processes stop inside an epoch, one goes on: the same global batches, so the same losses but for rounding."""
-    done = torchrun(2, *small_run(image_root, tmp_path, "trainer.max_steps=7"))
+    done = run_group(2, *small_run(image_root, tmp_path, "trainer.max_steps=7"))
     assert done.returncode == 0, done.stderr
     status, printed = run(*small_run(image_root, tmp_path), output=tmp_path / "output")
     assert status == 0, printed

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.conftest import run_command, small_run, torchrun
+from tests.conftest import run_group, run_python, small_run
 from tests.endings import assert_same_end, checkpoint
 from tests.launched import Launched, is_running
 
@@ -15,7 +15,7 @@ from tests.launched import Launched, is_running
 @pytest.fixture(scope="module")
 def straight(image_root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight")
-    done = torchrun(2, *small_run(image_root, folder))
+    done = run_group(2, *small_run(image_root, folder))
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -99,7 +99,7 @@ def test_a_process_that_always_dies_is_not_restarted_for_ever(tmp_path):
 
 def test_restarts_that_would_not_come_back_are_refused(image_root, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "--max-restarts", "1"]
-    done = run_command(*launcher, *small_run(image_root, tmp_path))
+    done = run_python(*launcher, *small_run(image_root, tmp_path))
     assert done.returncode != 0
     assert "torchrun --max-restarts 1 does not bring a run back" in done.stderr
     assert "scripts/launch.sh" in done.stderr

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from tests.conftest import HAS_COMPILER, run_command
+from tests.conftest import HAS_COMPILER, run_command, run_python
 
 
 def report(*command, **options):
@@ -45,7 +45,7 @@ def test_what_runs_on_a_lent_gpu_needs_no_more_than_torch_triton_and_timm(comman
         f"import runpy, sys; sys.modules |= dict.fromkeys({absent}); sys.argv = {command}; "
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    done = run_command("-c", program)
+    done = run_python("-c", program)
     assert done.returncode == 0, done.stderr
 
 

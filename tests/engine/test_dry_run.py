@@ -6,7 +6,7 @@ import math
 import pytest
 from PIL import Image
 
-from tests.conftest import small_run, torchrun
+from tests.conftest import run_group, small_run
 from tests.quick_start import run
 
 
@@ -61,7 +61,7 @@ def test_the_run_then_writes_a_checkpoint_of_the_size_foretold(rehearsed, image_
 
 
 def test_two_processes_rehearse_together(image_root, tmp_path):
-    done = torchrun(2, *small_run(image_root, tmp_path, "trainer.dry_run=true"))
+    done = run_group(2, *small_run(image_root, tmp_path, "trainer.dry_run=true"))
     assert done.returncode == 0, done.stderr
     forecast = json.loads((tmp_path / "run" / "dry_run.json").read_text())
     assert (forecast["processes"], forecast["micro_batch"], forecast["accumulation"]) == (2, 8, 1)

@@ -3,11 +3,11 @@
 import os
 import sys
 
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT, run_python
 
 
 def test_a_working_machine_passes():
-    done = run_command("scripts/doctor.py")
+    done = run_python("scripts/doctor.py")
     assert done.returncode == 0, done.stdout + done.stderr
     for row in ("Python", "torch", "GPU", "DALI", "C++ kernels", "W&B", "disk", "shared memory"):
         assert any(line[6:].startswith(row) for line in done.stdout.splitlines()), row
@@ -20,7 +20,7 @@ def test_a_broken_package_is_named_and_fails(tmp_path):
     """timm that cannot be imported, as beside a torchvision of another build."""
     (tmp_path / "timm").mkdir()
     (tmp_path / "timm" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
-    done = run_command("scripts/doctor.py", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT / 'src'}")
+    done = run_python("scripts/doctor.py", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT / 'src'}")
     assert done.returncode == 1
     assert "FAIL  import timm" in done.stdout
     assert "torchvision::nms does not exist" in done.stdout
@@ -28,7 +28,7 @@ def test_a_broken_package_is_named_and_fails(tmp_path):
 
 
 def test_a_bare_python_is_told_what_to_install():
-    done = run_command("-S", "scripts/doctor.py", PYTHONPATH=str(ROOT / "src"))
+    done = run_python("-S", "scripts/doctor.py", PYTHONPATH=str(ROOT / "src"))
     assert done.returncode == 1
     assert "FAIL  torch " in done.stdout
     assert "pip install -c constraints.txt -e ." in done.stdout
