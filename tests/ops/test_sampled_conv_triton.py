@@ -194,5 +194,6 @@ def test_compiles_for_sm_90_without_spilling_registers():
     assert {kernel["kernel"] for kernel in kernels} == {"forward_kernel", "weight_offset_kernel", "input_kernel"}
     for kernel in kernels:
         assert kernel["spilled"] == 0, kernel
-        assert kernel["registers"] <= 240, kernel  # eight warps of 255 would be all that a multiprocessor has
+        # As launched, with stride and dilation of 1 known to the compiler; unknown, the gradient of x takes 221
+        assert kernel["registers"] <= 200, kernel
         assert kernel["shared"] <= 100_000, kernel
