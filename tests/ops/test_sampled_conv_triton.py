@@ -1,13 +1,14 @@
 """The Triton kernels: run in the interpreter on odd shapes (on a GPU where there is one), compiled for sm_90."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contextual_cnn.ops import contextual_conv2d, sampled_conv, sampled_conv_triton
+from contextual_cnn.ops import contextual_conv2d, sampled_conv, sampled_conv_torch, sampled_conv_triton
 from tests import reference
 from tests.conftest import run_python
 
@@ -116,6 +117,63 @@ def test_the_operator_keeps_torchs_rules():
     torch.library.opcheck(sampled_conv.kernel, (*leaves, list(geometry), "triton"))
 
 
+def test_a_position_that_is_nan_shows_in_the_gradient_of_the_map():
+    """Its row in one image, its column in the other; two blocks of positions, so that there is one to leave out."""
+    (x, weight, offset, _), upstream, geometry = inputs(*CASES["more pixels than a block"])
+    x, weight, offset, upstream = (torch.cat([tensor, tensor]) for tensor in (x, weight, offset, upstream))
+    offset[0, 4, 2, 3] = offset[1, 5, 2, 3] = torch.nan
+    leaf = x.clone().requires_grad_()
+    (by_torch,) = torch.autograd.grad(sampled_conv_torch.forward(leaf, weight, offset, None, geometry), leaf, upstream)
+    on_device = [tensor.to(DEVICE) for tensor in (upstream, x, weight, offset)]
+    gradient = sampled_conv_triton.backward(*on_device, None, geometry)[0].cpu()
+    assert by_torch.isnan().any(dim=(1, 2, 3)).all()
+    assert gradient[by_torch.isnan()].isnan().all()
+
+
+def test_kernels_are_launched_on_the_maps_device(monkeypatch):
+    """Triton launches on the current device. That it is another one than the map's takes two GPUs: the next test."""
+    device_of, current, launched = torch.cuda.device_of, [], {}
+
+    @contextmanager
+    def noted_device_of(tensor):
+        with device_of(tensor):
+            current.append(tensor)
+            yield
+            current.pop()
+
+    class NotedKernel:
+        def __init__(self, name):
+            self.name, self.kernel = name, getattr(sampled_conv_triton, name)
+
+        def __getitem__(self, grid):
+            launched[self.name] = [id(tensor) for tensor in current]
+            return self.kernel[grid]
+
+    monkeypatch.setattr(torch.cuda, "device_of", noted_device_of)
+    names = ("_forward_kernel", "_weight_offset_kernel", "_input_kernel")
+    for name in names:
+        monkeypatch.setattr(sampled_conv_triton, name, NotedKernel(name))
+    tensors, upstream, geometry = inputs(*CASES["map smaller than the kernel"])
+    x, weight, offset, upstream = (tensor.to(DEVICE) for tensor in (*tensors[:3], upstream))
+    sampled_conv_triton.forward(x, weight, offset, None, geometry)
+    sampled_conv_triton.backward(upstream, x, weight, offset, None, geometry)
+    assert launched == {name: [id(x)] for name in names}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_map_on_the_second_gpu_is_computed_there():
+    tensors, upstream, geometry = inputs(*CASES["small"])
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        on_device = [tensor.to(device) for tensor in tensors]
+        gradients = sampled_conv_triton.backward(upstream.to(device), *on_device, geometry)
+        results.append([sampled_conv_triton.forward(*on_device, geometry), *gradients])
+    for first, second in zip(*results, strict=True):
+        assert second.device.index == 1
+        assert torch.equal(first.cpu(), second.cpu())
+
+
 def relative_error(ours, theirs):
     return ((ours.cpu().double() - theirs).norm() / theirs.norm().clamp(min=1e-9)).item()
 
@@ -136,5 +194,6 @@ def test_compiles_for_sm_90_without_spilling_registers():
     assert {kernel["kernel"] for kernel in kernels} == {"forward_kernel", "weight_offset_kernel", "input_kernel"}
     for kernel in kernels:
         assert kernel["spilled"] == 0, kernel
-        assert kernel["registers"] <= 240, kernel  # eight warps of 255 would be all that a multiprocessor has
+        # As launched, with stride and dilation of 1 known to the compiler; unknown, the gradient of x takes 221
+        assert kernel["registers"] <= 200, kernel
         assert kernel["shared"] <= 100_000, kernel

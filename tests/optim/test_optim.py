@@ -107,6 +107,20 @@ def test_the_learning_rate_grows_with_the_global_batch_if_asked(scaling, expecte
     assert {group["lr"] for group in optimizer.param_groups} == {expected}
 
 
+def test_without_a_limit_the_norm_is_taken_and_no_gradient_is_written():
+    model = build_model(name="contextual_convnext_atto", num_classes=3)
+    for parameter in list(model.parameters())[:-1]:  # one without a gradient
+        parameter.grad = torch.randn_like(parameter)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    versions, values = [g._version for g in gradients], [g.clone() for g in gradients]
+    norm = clip_gradients(model, None, "norm")
+    assert [g._version for g in gradients] == versions
+    assert all(torch.equal(gradient, value) for gradient, value in zip(gradients, values, strict=True))
+    assert torch.equal(norm, torch.nn.utils.clip_grad_norm_(model.parameters(), torch.inf))
+    gradients[0][0] = torch.inf
+    assert not torch.isfinite(clip_gradients(model, None, "norm"))
+
+
 def test_gradients_are_clipped_in_three_ways():
     def clipped(limit, mode):
         torch.manual_seed(0)

@@ -57,6 +57,16 @@ class _Replacement(nn.Module):
         self.geometry = dict(stride=conv.stride[0], padding=conv.padding[0], dilation=conv.dilation[0])
 
 
+def _as_conv2d_takes(x: Tensor) -> Tensor:
+    """x in the type in which autocast, where it is on, lets torch's convolutions compute.
+
+    Autocast knows torch's own operators. It would leave ours in float32 wherever the residual stream is float32.
+    """
+    kind = x.device.type
+    lowered = torch.is_autocast_enabled(kind) and x.dtype != torch.float64  # which autocast leaves alone, too
+    return x.to(torch.get_autocast_dtype(kind)) if lowered else x
+
+
 class ContextualConv2d(_Replacement):
     """A depthwise or dense convolution modulated by features and context (equation 4).
 
@@ -85,6 +95,7 @@ class ContextualConv2d(_Replacement):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(B, C, H, W) features and (B, E) context -> (B, O, Ho, Wo)."""
+        x = _as_conv2d_takes(x)
         return contextual_conv2d(
             x,
             self.weight,
@@ -191,6 +202,7 @@ class DeformableConv2d(_Replacement):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, O, Ho, Wo)."""
+        x = _as_conv2d_takes(x)
         offset, mask = self.offset_mask(x).float().split([2 * self.taps, self.taps], dim=1)
         return contextual_conv2d(
             x, self.weight, self.bias, sampling_offset=offset, mask=2 * mask.sigmoid(), **self.geometry

@@ -92,7 +92,7 @@ def _dense(x, weight, weight_offset, sampling_offset, mask, geometry, implementa
         return y
     nothing = weight_offset.new_zeros(x.shape[1], 1, *weight.shape[2:])
     thin = _depthwise(x, nothing, weight_offset, sampling_offset, mask, geometry, implementation)
-    return y + thin.sum(dim=1, keepdim=True)
+    return y + thin.sum(dim=1, keepdim=True, dtype=y.dtype)  # autocast's own choice, float32, would make all of y so
 
 
 def _per_sample_conv2d(x: Tensor, combined: Tensor, stride: int, padding: int, dilation: int) -> Tensor:

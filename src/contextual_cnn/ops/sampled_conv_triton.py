@@ -204,6 +204,12 @@ def _weight_offset_kernel(
 
 
 @triton.jit
+def _hats(distance):
+    """max(0, 1 - |distance|); NaN stays NaN."""
+    return tl.maximum(1 - tl.abs(distance), 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _input_kernel(
     gy, w, offset, mask, rows, gx, H, W, C, P, out_width, stride, padding, dilation, spans,
     K: tl.constexpr, KW: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr,
@@ -224,12 +230,12 @@ def _input_kernel(
     for k in range(K):
         for span in range(spans):
             sampled = rows + (k * spans + span) * 2
-            if (tl.load(sampled) < last_row + 1) & (tl.load(sampled + 1) > first_row - 1):
+            beyond = (tl.load(sampled) >= last_row + 1) | (tl.load(sampled + 1) <= first_row - 1)
+            if not beyond:  # rows that are NaN are beyond nothing
                 p = span * BLOCK_P + tl.arange(0, BLOCK_P)
                 row, column = _regular_points(p, out_width, stride, padding)
                 row, column = _tap_points(row, column, offset, p * K + k, p < P, k, dilation, KW)
-                hats = tl.maximum(1 - tl.abs(row[None, :] - pixel_row[:, None]), 0.0)
-                hats *= tl.maximum(1 - tl.abs(column[None, :] - pixel_column[:, None]), 0.0)
+                hats = _hats(row[None, :] - pixel_row[:, None]) * _hats(column[None, :] - pixel_column[:, None])
                 if mask is not None:
                     hats *= tl.load(mask + p * K + k, mask=p < P, other=0.0)[None, :]
                 hats = hats.to(gy.dtype.element_ty)
@@ -254,9 +260,11 @@ def forward(x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | Non
     g = _Geometry(x, weight, offset, mask, geometry)
     y = x.new_empty(g.batch, *g.out, g.channels)
     groups, constants = g.channel_groups(BLOCKS.chunks)
-    _forward_kernel[(triton.cdiv(g.positions, BLOCKS.positions), groups, g.batch)](
-        *_inside(x, weight, offset, mask), y, *g.sizes, **constants, BLOCK_P=BLOCKS.positions, num_warps=BLOCKS.warps
-    )
+    inside = _inside(x, weight, offset, mask)
+    with torch.cuda.device_of(x):  # Triton launches on the current device, wherever the tensors are
+        _forward_kernel[(triton.cdiv(g.positions, BLOCKS.positions), groups, g.batch)](
+            *inside, y, *g.sizes, **constants, BLOCK_P=BLOCKS.positions, num_warps=BLOCKS.warps
+        )
     return y.permute(0, 3, 1, 2)
 
 
@@ -266,9 +274,11 @@ def backward(
     """As `sampled_conv.kernel_backward`."""
     g = _Geometry(x, weight, offset, mask, geometry)
     gy, inside = pixels(gradient, x.dtype), _inside(x, weight, offset, mask)
-    gw, goffset, gmask = _weight_offset_gradients(g, gy, inside)
+    with torch.cuda.device_of(x):
+        gw, goffset, gmask = _weight_offset_gradients(g, gy, inside)
+        gx = _input_gradient(g, gy, inside)
     return (
-        map_back(_input_gradient(g, gy, inside), x),
+        map_back(gx, x),
         taps_back(gw, weight),
         map_back(goffset.sum(dim=0), offset) if offset is not None else x.new_empty(0),
         map_back(gmask.sum(dim=0), mask) if mask is not None else x.new_empty(0),

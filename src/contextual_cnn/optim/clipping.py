@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-import torch
 from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
@@ -20,8 +19,12 @@ def clip_gradients(model: nn.Module, limit: float | None, mode: Clipping) -> Ten
         Scalar, the norm before it.
     """
     parameters = list(model.parameters())
-    norm = nn.utils.clip_grad_norm_(parameters, limit if limit is not None and mode == "norm" else torch.inf)
-    if limit is not None and mode != "norm":
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if limit is None:
+        return norm
+    if mode == "norm":
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    else:
         spared = {id(p) for p in model.get_classifier().parameters()} if mode == "agc" else set()
         dispatch_clip_grad([p for p in parameters if id(p) not in spared], limit, mode)
     return norm
