@@ -13,6 +13,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from contextual_cnn.engine.own_files import replaced
+
 log = logging.getLogger(__name__)
 
 _INIT_TIMEOUT = 15  # seconds; W&B's own patience without a network is 100 s
@@ -118,7 +120,8 @@ def _run_id(folder: Path) -> str:
     """The run's W&B id, made once and kept in its folder, so that a resumed run is the same run there."""
     path = folder / "wandb_id.txt"
     if not path.exists() or not path.read_text().strip():
-        path.write_text(secrets.token_hex(4))
+        with replaced(path) as new:
+            new.write_text(secrets.token_hex(4))
     return path.read_text().strip()
 
 
