@@ -2,9 +2,13 @@
 
 import json
 import os
+import socket
+import subprocess
 import time
 
 import pytest
+import wandb
+from wandb.proto.wandb_internal_pb2 import RunRecord
 
 from contextual_cnn.engine.loggers import JsonLinesLogger, open_loggers, read_metrics
 from contextual_cnn.errors import UserError
@@ -108,3 +112,22 @@ def test_wandb_writes_nowhere_but_in_the_run_folder(tmp_path, monkeypatch, caplo
     assert "W&B is left out, as its folder cannot be written" in caplog.text
     assert not list(temporary.iterdir())
     assert read_metrics(run / "metrics.jsonl") == [{"step": 1, "train/loss": 1.0}]
+
+
+def test_wandb_is_told_neither_the_host_nor_the_remote_of_the_clone(tmp_path, monkeypatch):
+    clone, run = tmp_path / "clone", tmp_path / "run"
+    clone.mkdir()
+    run.mkdir()
+    author = ["-c", "user.name=A", "-c", "user.email=a@b.invalid"]
+    remote = ["remote", "add", "origin", "https://somebody:secret@remote.invalid/x.git"]
+    for arguments in (["init", "-q"], remote, [*author, "commit", "-q", "--allow-empty", "-m", "A commit"]):
+        subprocess.run(["git", *arguments], cwd=clone, check=True)
+    monkeypatch.chdir(clone)
+    logger = open_loggers(run, {"lr": 0.1}, "name", 0, wandb="offline")
+    logger.log(1, {"train/loss": 1.0})
+    logger.close()
+    (mirror,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    wandb.teardown()  # its helper process has written everything
+    assert b"contextual-cnn" in mirror.read_bytes()
+    assert b"remote.invalid" not in mirror.read_bytes()
+    assert RunRecord(host=socket.gethostname()).SerializeToString() not in mirror.read_bytes()

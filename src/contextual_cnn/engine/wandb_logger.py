@@ -86,7 +86,10 @@ class WandbLogger:
                     console="off",
                     silent=True,
                     save_code=False,
-                    x_disable_meta=True,  # command line, host and user of the process are nobody's business there
+                    # Command line, host, user and the address of the clone's remote are nobody's business there
+                    x_disable_meta=True,
+                    disable_git=True,
+                    host="",
                 )
                 identity = dict(id=_run_id(self._folder), resume="allow")
                 run = wandb.init(**options, **identity, mode=attempt, settings=settings)
