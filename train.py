@@ -22,7 +22,7 @@ from contextual_cnn.cli import Group
 from contextual_cnn.data import Augmentation, ImageData
 from contextual_cnn.data.sampler import BatchPlan
 from contextual_cnn.distributed import World, barrier, process_group, world_size
-from contextual_cnn.engine.agreement import check_agreement, digest_code, digest_config, digest_listing
+from contextual_cnn.engine.agreement import check_agreement, digest_code, digest_config, digest_listing, operators
 from contextual_cnn.engine.checkpoint_store import CheckpointStore
 from contextual_cnn.engine.dry_run import learning_rates, rehearse, report
 from contextual_cnn.engine.loggers import NullLogger, check_key, open_loggers, read_metrics
@@ -104,6 +104,7 @@ def train(
     model = build_model(**config["model"]).to(world.device)
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    check_agreement({"operators": operators(model, world.device)})
     optimizer = build_optimizer(model, plan.global_batch, **config["optimizer"])
     schedule = build_schedule(optimizer, plan.steps_per_epoch, **config["schedule"])
 

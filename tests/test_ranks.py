@@ -8,6 +8,7 @@ import pytest
 
 from contextual_cnn.distributed import process_group
 from contextual_cnn.errors import UserError
+from tests.conftest import HAS_COMPILER, small_run
 from tests.endings import checkpoint
 from tests.kills import smallest_run
 from tests.quick_start import Command, group, run
@@ -96,6 +97,20 @@ def test_a_wrong_number_of_processes_is_printed_as_any_mistake(image_root, tmp_p
     assert status == 2, printed
     assert "error: WORLD_SIZE=two" in printed
     assert "Traceback" not in printed
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="without a C++ compiler both take plain torch")
+def test_ranks_whose_convolutions_are_computed_otherwise_are_refused(image_root, tmp_path):
+    ranks = group(
+        2,
+        *small_run(image_root, tmp_path),
+        folder=tmp_path,
+        environments={0: dict(CONTEXTUAL_CNN_OPS="auto"), 1: dict(CONTEXTUAL_CNN_OPS="torch")},
+    )
+    assert [rank.wait() for rank in ranks] == [2, 2]
+    assert "error: not the same operators on rank 1 of 2 as on rank 0" in ranks[0].printed
+    assert "CONTEXTUAL_CNN_OPS" in ranks[0].printed
+    assert not (tmp_path / "run").exists()
 
 
 def test_ranks_that_see_different_checkpoints_are_refused(image_root, tmp_path):
