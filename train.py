@@ -5,6 +5,7 @@ Exit status: 0 complete; 75 stopped by a signal or trainer.max_time, to be start
 """
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +22,11 @@ from contextual_cnn.cli import Group
 from contextual_cnn.data import Augmentation, ImageData
 from contextual_cnn.data.sampler import BatchPlan
 from contextual_cnn.distributed import World, barrier, process_group, world_size
-from contextual_cnn.engine.agreement import check_agreement, digest_code, digest_config, digest_listing
+from contextual_cnn.engine.agreement import check_agreement, digest_code, digest_config, digest_listing, operators
 from contextual_cnn.engine.checkpoint_store import CheckpointStore
 from contextual_cnn.engine.dry_run import learning_rates, rehearse, report
-from contextual_cnn.engine.loggers import NullLogger, open_loggers, read_metrics
+from contextual_cnn.engine.loggers import NullLogger, check_key, open_loggers, read_metrics
+from contextual_cnn.engine.own_files import replaced
 from contextual_cnn.engine.resume import load_newest
 from contextual_cnn.engine.run_folder import RunFolder, start_logging
 from contextual_cnn.engine.stopping import StopRequest, seconds_of
@@ -63,6 +65,7 @@ def main(hydra_config: DictConfig) -> None:
     if config["seed"] < 0:
         raise UserError(f"seed must be 0 or more, got {config['seed']}", "seed=0")
     settings = TrainerSettings(**config["trainer"])
+    check_key(config["logger"].get("wandb"))
     augmentation = Augmentation(**config["augment"])
     data = ImageData(**config["data"])
     config["model"]["num_classes"] = _num_classes(config, data)
@@ -101,52 +104,57 @@ def train(
     model = build_model(**config["model"]).to(world.device)
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    check_agreement({"operators": operators(model, world.device)})
     optimizer = build_optimizer(model, plan.global_batch, **config["optimizer"])
     schedule = build_schedule(optimizer, plan.steps_per_epoch, **config["schedule"])
 
     run = RunFolder(Path(config["output_dir"]) / config["run_name"])
-    if world.is_main and not settings.dry_run:
-        run.claim()
-    barrier()  # nobody reads before rank 0 is the only one who may write
-    store = CheckpointStore(run.checkpoints, **config["checkpoint"])
-    state = load_newest(store, config, data.classes, listing, plan, config["resume"])
-    check_agreement({"checkpoint": str(state and state["step"])})
-    trainer = Trainer(
-        settings,
-        model=model,
-        loss=StagedCrossEntropy(**config["loss"]),
-        optimizer=optimizer,
-        schedule=schedule,
-        epochs=config["schedule"]["epochs"],
-        data=data,
-        augmentation=augmentation,
-        plan=plan,
-        seed=config["seed"],
-        world=world,
-        store=store,
-        config=config,
-        listing=listing,
-        state=state,
-    )
-    if trainer.is_complete:
-        log.info(
-            "%s is complete: %d steps, best top-1 %.2f; nothing to do",
-            run.path,
-            trainer.step,
-            trainer.best["top1"],
+    with run.claimed() if world.is_main and not settings.dry_run else nullcontext():
+        barrier()  # nobody reads before rank 0 is the only one who may write
+        store = CheckpointStore(run.checkpoints, **config["checkpoint"])
+        state = load_newest(store, config, data.classes, listing, plan, config["resume"])
+        check_agreement({"checkpoint": str(state and state["step"])})
+        trainer = Trainer(
+            settings,
+            model=model,
+            loss=StagedCrossEntropy(**config["loss"]),
+            optimizer=optimizer,
+            schedule=schedule,
+            epochs=config["schedule"]["epochs"],
+            data=data,
+            augmentation=augmentation,
+            plan=plan,
+            seed=config["seed"],
+            world=world,
+            store=store,
+            config=config,
+            listing=listing,
+            state=state,
         )
-        return True
-    if settings.dry_run:
-        _dry_run(trainer, run, console)
-        return True
+        if trainer.is_complete:
+            log.info(
+                "%s is complete: %d steps, best top-1 %.2f; nothing to do",
+                run.path,
+                trainer.step,
+                trainer.best["top1"],
+            )
+            return True
+        if settings.dry_run:
+            _dry_run(trainer, run, console)
+            return True
+        return _fit(trainer, run, console, request)
 
+
+def _fit(trainer: Trainer, run: RunFolder, console: Console, request: StopRequest) -> bool:
+    """The training itself, in the run's folder; whether it is complete."""
+    config, optimizer = trainer.config, trainer.train_step.optimizer
     logger = NullLogger()
-    if world.is_main:
+    if trainer.world.is_main:
         run.prepare(config)
         logger = open_loggers(run.path, config, config["run_name"], trainer.step, **config["logger"])
-    log.info("run folder %s, device %s", run.path, world.device)
-    log.info("%s", plan)
-    log.info("%s: %s", config["model"]["name"], describe(model))
+    log.info("run folder %s, device %s", run.path, trainer.world.device)
+    log.info("%s", trainer.plan)
+    log.info("%s: %s", config["model"]["name"], describe(trainer.train_step.module))
     log.info(
         "%s, learning rate up to %.3g; %s schedule of %d epochs, %d of them warm-up",
         config["optimizer"]["name"],
@@ -167,27 +175,36 @@ def train(
         reason = request.reason or "another process was asked to stop"
         log.info(
             "stopped after step %d: %s; saved in %s; the same command goes on from there",
-            *(trainer.step, reason, store.last),
+            *(trainer.step, reason, trainer.store.last),
         )
-        return False
-    if world.is_main:
-        plot_curves(read_metrics(run.metrics), run.curves, config["run_name"])
-        best = trainer.best
-        log.info(
-            "best top-1 %.2f (%s weights, epoch %d); evaluate it: python evaluate.py checkpoint=%s",
-            best["top1"],
-            best["weights"],
-            best["epoch"],
-            run.path,
-        )
-    return True
+    elif trainer.world.is_main:
+        _conclude(trainer, run)
+    return is_complete
+
+
+def _conclude(trainer: Trainer, run: RunFolder) -> None:
+    """The picture of a complete run, and what to do with it."""
+    try:
+        with replaced(run.curves) as path:
+            plot_curves(read_metrics(run.metrics), path, trainer.config["run_name"])
+    except OSError as error:  # the training is complete all the same
+        log.warning("%s could not be drawn: %s", run.curves, error)
+    best = trainer.best
+    log.info(
+        "best top-1 %.2f (%s weights, epoch %d); evaluate it: python evaluate.py checkpoint=%s",
+        best["top1"],
+        best["weights"],
+        best["epoch"],
+        run.path,
+    )
 
 
 def _dry_run(trainer: Trainer, run: RunFolder, console: Console) -> None:
     forecast = rehearse(trainer, run.path)
     if trainer.world.is_main:
         report(trainer, forecast, run.path, console)
-        plot_schedule(learning_rates(trainer), forecast.steps_per_epoch, run.lr_schedule, run.path.name)
+        with replaced(run.lr_schedule) as path:
+            plot_schedule(learning_rates(trainer), forecast.steps_per_epoch, path, run.path.name)
 
 
 def _num_classes(config: dict[str, Any], data: ImageData) -> int:

@@ -74,12 +74,18 @@ def run(*command: str, output: Path, folder: Path = ROOT, **environment: str) ->
 
 
 def group(
-    processes: int, *command: str, folder: Path, per_rank: dict[int, list[str]] | None = None, **environment: str
+    processes: int,
+    *command: str,
+    folder: Path,
+    per_rank: dict[int, list[str]] | None = None,
+    environments: dict[int, dict[str, str]] | None = None,
+    **environment: str,
 ) -> list[Command]:
     """The processes of one run, by rank, as torchrun would start them; output_RANK in the folder.
 
     Args:
         per_rank: further arguments of some ranks.
+        environments: further variables of some ranks.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -93,6 +99,7 @@ def group(
             **meeting,
             **dict(RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(processes)),
             **environment,
+            **(environments or {}).get(rank, {}),
         )
         for rank in range(processes)
     ]

@@ -80,6 +80,28 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["last.pt"]
 
 
+@pytest.mark.parametrize("failing", ["replace", "fsync"])
+def test_a_disk_that_fails_at_the_last_moment_costs_no_file(tmp_path, monkeypatch, failing):
+    """EIO at the rename to last.pt, or when the file is made durable; the next write is an ordinary one."""
+    last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
+    for step in (1, 2):
+        write_checkpoint(state(step=step), last, previous)
+    works = getattr(os, failing)
+
+    def fail(*arguments):
+        if failing == "fsync" or arguments[1] == last:
+            raise OSError(5, "Input/output error")
+        works(*arguments)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, failing, fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            write_checkpoint(state(step=3), last, previous)
+    assert (step_of(last), step_of(previous)) == (2, 1)
+    write_checkpoint(state(step=4), last, previous)
+    assert (step_of(last), step_of(previous)) == (4, 2)
+
+
 def test_what_could_not_be_loaded_again_is_not_kept(tmp_path):
     path = tmp_path / "last.pt"
     write_checkpoint(state(), path)

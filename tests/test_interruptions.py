@@ -138,6 +138,22 @@ def test_two_runs_do_not_write_into_one_folder(image_root, tmp_path):
     second.process.kill()
 
 
+def test_two_runs_started_together_in_a_new_folder_are_one_run(straight, image_root, tmp_path):
+    """Neither sees a folder when it looks first; the one that waits goes on from what the other one has saved."""
+    command = small_run(image_root, tmp_path)
+    both = [Command(*command, output=tmp_path / f"output_{i}") for i in range(2)]
+    both[0].wait_until(lambda: any("is in use by process" in one.printed for one in both))
+    waiting = next(one for one in both if "is in use by process" in one.printed)
+    owner = next(one for one in both if one is not waiting)
+    owner.wait_until(lambda: 4 in steps_logged(tmp_path))
+    owner.send(signal.SIGTERM)
+    assert owner.wait() == 75, owner.printed
+    step = checkpoint(tmp_path)["step"]
+    assert waiting.wait() == 0, waiting.printed
+    assert f"from step {step} " in waiting.printed
+    assert_same_end(straight, tmp_path)
+
+
 def test_a_full_disk_costs_no_step_and_is_an_error_at_the_end(straight, image_root, tmp_path):
     """Files of this process may not grow beyond 64 KiB: no checkpoint fits, the metrics do."""
     status, printed = run(*small_run(image_root, tmp_path), output=tmp_path / "output", TEST_LARGEST_FILE=str(1 << 16))

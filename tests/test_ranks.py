@@ -2,12 +2,16 @@
 
 import os
 import shutil
+import socket
 
 import pytest
 
+from contextual_cnn.distributed import process_group
+from contextual_cnn.errors import UserError
+from tests.conftest import HAS_COMPILER, small_run
 from tests.endings import checkpoint
 from tests.kills import smallest_run
-from tests.quick_start import Command, group
+from tests.quick_start import Command, group, run
 
 
 @pytest.fixture
@@ -50,6 +54,63 @@ def test_a_rank_that_never_comes_is_waited_for_as_long_as_set(image_root, tmp_pa
     assert "error: rank 0: 2 processes were to meet at 127.0.0.1:29876 within 0.05 min, and did not" in alone.printed
     assert "1/2 clients joined" in alone.printed
     assert "Traceback" not in alone.printed
+
+
+def test_a_port_where_something_else_listens_is_named(image_root, tmp_path):
+    """It takes the connection and is silent, which torch alone waits for without end."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        place = dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        command = smallest_run(image_root, tmp_path, "trainer.timeout_minutes=0.05")
+        alone = Command(*command, output=tmp_path / "output", **place)
+        assert alone.wait(60) == 1
+    assert f"127.0.0.1:{port} within 0.05 min" in alone.printed
+    assert "Traceback" not in alone.printed
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        (dict(WORLD_SIZE="two"), "WORLD_SIZE=two"),
+        (dict(WORLD_SIZE="0"), "WORLD_SIZE=0"),
+        (dict(RANK="x", WORLD_SIZE="2"), "RANK=x"),
+        (dict(RANK="-1", WORLD_SIZE="2"), "RANK=-1"),
+        (dict(RANK="5", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"), "RANK=5"),
+        (dict(RANK="0", WORLD_SIZE="2", MASTER_PORT="29876"), "MASTER_ADDR"),
+        (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1"), "MASTER_PORT"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_environment_that_describes_no_group_is_refused(monkeypatch, environment, named):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as refused, process_group("cpu", timeout_minutes=0.01):
+        pass
+    assert named in refused.value.cause
+    assert "launch.sh" in refused.value.fix
+
+
+def test_a_wrong_number_of_processes_is_printed_as_any_mistake(image_root, tmp_path):
+    status, printed = run(*smallest_run(image_root, tmp_path), output=tmp_path / "output", WORLD_SIZE="two")
+    assert status == 2, printed
+    assert "error: WORLD_SIZE=two" in printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="without a C++ compiler both take plain torch")
+def test_ranks_whose_convolutions_are_computed_otherwise_are_refused(image_root, tmp_path):
+    ranks = group(
+        2,
+        *small_run(image_root, tmp_path),
+        folder=tmp_path,
+        environments={0: dict(CONTEXTUAL_CNN_OPS="auto"), 1: dict(CONTEXTUAL_CNN_OPS="torch")},
+    )
+    assert [rank.wait() for rank in ranks] == [2, 2]
+    assert "error: not the same operators on rank 1 of 2 as on rank 0" in ranks[0].printed
+    assert "CONTEXTUAL_CNN_OPS" in ranks[0].printed
+    assert not (tmp_path / "run").exists()
 
 
 def test_ranks_that_see_different_checkpoints_are_refused(image_root, tmp_path):

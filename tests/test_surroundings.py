@@ -90,6 +90,33 @@ def test_a_folder_that_cannot_be_made_is_named(image_root, tmp_path):
     assert "fix: set output_dir=FOLDER" in printed
 
 
+def test_a_complete_training_is_complete_whatever_is_in_the_place_of_its_picture(image_root, tmp_path):
+    """And no file that is written whole is written through a link."""
+    victim, folder = tmp_path / "victim", tmp_path / "run"
+    victim.write_text("mine")
+    (folder / "curves.png").mkdir(parents=True)
+    for name in ("config.yaml", "environment.json"):
+        (folder / name).symlink_to(victim)
+    command = smallest_run(image_root, tmp_path, "trainer.max_steps=1")
+    status, printed = run(*command, output=tmp_path / "output")
+    assert status == 0, printed
+    assert "Traceback" not in printed
+    assert str(folder / "curves.png") in printed
+    assert checkpoint(tmp_path)["step"] == 1
+    assert victim.read_text() == "mine"
+
+
+def test_a_lock_that_is_a_link_is_not_followed(image_root, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").symlink_to(victim)
+    status, printed = run(*smallest_run(image_root, tmp_path, "trainer.max_steps=1"), output=tmp_path / "output")
+    assert status == 2, printed
+    assert str(tmp_path / "run" / "lock") in printed
+    assert victim.read_text() == "mine"
+
+
 def test_no_file_is_wider_than_the_umask(image_root, tmp_path):
     short = ["trainer.max_steps=1", "logger=wandb"]
     arguments = [a for a in smallest_run(image_root, tmp_path, *short) if a != "logger=local"]

@@ -8,9 +8,13 @@ bytes and sha256 are of all that comes before the line. torch.load and zip tools
 In the file itself, it is moved, copied and replaced together with what it vouches for.
 """
 
+import errno
 import hashlib
 import json
 import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,7 +30,11 @@ _BLOCK = 1 << 22
 
 
 class DamagedCheckpoint(UserError):
-    """A file that is not what was written: cut short, changed, or never completed."""
+    """A file that is not what was written: cut short, changed, never completed, or not to be read at all."""
+
+
+class NewerFormat(UserError):
+    """A file that a later version of this program has written."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +84,10 @@ def write_checkpoint(state: dict[str, Any], path: Path, previous: Path | None = 
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if previous is not None and path.exists():
-        _keep(path, previous)
+    kept = _second_name(path, previous) if previous is not None and path.exists() else None
     temporary.replace(path)
+    if kept is not None:
+        kept.replace(previous)
     _sync_folder(path.parent)
 
 
@@ -86,15 +95,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Reads a checkpoint to the CPU, after its length and hash have been checked; nothing in the file is executed.
 
     Raises:
-        DamagedCheckpoint: it is not what was written.
-        UserError: no such file, not a checkpoint of this program, one that wants to run code, or of a newer format.
+        DamagedCheckpoint: it is not what was written, or cannot be read.
+        NewerFormat: a later version has written it.
+        UserError: no such file, not a checkpoint of this program, or one that wants to run code.
     """
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}", "give a run folder (outputs/NAME) or a .pt file in it")
-    with path.open("rb") as file:  # opened once: a run that is still training may put another in its place
+    with _reading(path) as file:  # opened once: a run that is still training may put another in its place
         _check_integrity(file, path)
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
         except Exception as error:  # whole, but not by this program: UnpicklingError, or anything at all
             raise UserError(
                 f"{path} is refused: it holds something else than tensors and numbers, and nothing in it was run "
@@ -104,7 +114,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or "format" not in state or "model" not in state:
         raise UserError(f"{path} is no checkpoint of this program", "bare weights are loaded by model.weights=FILE")
     if state["format"] > FORMAT:
-        raise UserError(
+        raise NewerFormat(
             f"{path} has format {state['format']}, this version reads up to {FORMAT}", "update contextual-cnn"
         )
     return state
@@ -134,10 +144,38 @@ def _in_folder(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int | None:
-    """The step by the file's manifest, without reading the rest; None without a manifest."""
-    with path.open("rb") as file:
+    """The step by the file's manifest, without reading the rest; None without a manifest.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read.
+    """
+    with _reading(path) as file:
         manifest = Manifest.read(file)
     return manifest.step if manifest is not None else None
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[BinaryIO]:
+    """An open file. Never a pipe or a socket, which would keep its reader waiting.
+
+    Raises:
+        UserError: there is no such file.
+        DamagedCheckpoint: it is no file, or the system does not let it be opened or read.
+    """
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "it is not a file")
+            yield file
+    except FileNotFoundError as error:
+        raise UserError(
+            f"there is no checkpoint {path}", "give a run folder (outputs/NAME) or a .pt file in it"
+        ) from error
+    except OSError as error:
+        raise DamagedCheckpoint(
+            f"{path} cannot be read: {error.strerror or error}",
+            "use another checkpoint of the run (last.pt, previous.pt, best.pt)",
+        ) from error
 
 
 class _HashingFile:
@@ -181,16 +219,20 @@ def _refused_part(error: Exception) -> str:
     return lines[0].split(". ")[0] if lines else type(error).__name__
 
 
-def _keep(path: Path, previous: Path) -> None:
-    """The file under its second name too: there is no moment without `path`, which somebody may be about to read."""
+def _second_name(path: Path, previous: Path) -> Path | None:
+    """Has the file kept when `path` is replaced, as what is returned; it becomes `previous` after that.
+
+    So there is no moment without `path`, which somebody may be about to read, and a replacement that fails has cost
+    neither file. None where the file system has no hard links, and the file is moved to `previous` at once.
+    """
     link = previous.with_suffix(".tmp")
     try:
         link.unlink(missing_ok=True)
         os.link(path, link)
-    except OSError:  # a file system without hard links
+    except OSError:
         path.replace(previous)
-    else:
-        link.replace(previous)
+        return None
+    return link
 
 
 def _sync_folder(folder: Path) -> None:

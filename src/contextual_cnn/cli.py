@@ -26,7 +26,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from contextual_cnn.distributed import end_with_launcher, world_size
+from contextual_cnn.distributed import end_with_launcher
 from contextual_cnn.errors import STOPPED, LostProcess, Stopped, UserError
 
 Schema = Mapping[str, Any]  # a key's type, or a Group
@@ -94,7 +94,11 @@ def _exit(error: UserError) -> NoReturn:
     if _wants_traceback():
         traceback.print_exc()
     if _is_first_to_say(str(error)):
-        where = f"\n  on: rank {os.environ.get('RANK', '0')}, {socket.gethostname()}" if world_size() > 1 else ""
+        where = (
+            f"\n  on: rank {os.environ.get('RANK', '0')}, {socket.gethostname()}"
+            if os.environ.get("WORLD_SIZE", "1") != "1"
+            else ""
+        )
         print(f"error: {error}{where}", file=sys.stderr)
     _leave(2)
 

@@ -3,7 +3,9 @@
 import ctypes
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +17,8 @@ from torch import Tensor
 from contextual_cnn.errors import LostProcess, UserError
 
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
+_TORCHS_TURN = 5  # seconds by which torch's own error, which tells more, may be late
+_STARTED_BY = "scripts/launch.sh or torchrun sets it; for one process: unset RANK LOCAL_RANK WORLD_SIZE"
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,20 @@ class World:
 
 def is_main_process() -> bool:
     """Rank 0 by the launcher's environment; usable before there is a process group."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return _number("RANK", 0) == 0
 
 
 def world_size() -> int:
     """Number of processes by the launcher's environment; usable before there is a process group."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
+
+
+def _number(name: str, least: int) -> int:
+    """What the launcher says; the least there can be without one."""
+    text = os.environ.get(name, str(least))
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise UserError(f"{name}={text} in the environment is not a number from {least} on", _STARTED_BY)
+    return int(text)
 
 
 @contextmanager
@@ -52,11 +64,12 @@ def process_group(device: str = "auto", timeout_minutes: float = 10) -> Iterator
 
     Raises:
         LostProcess: another process ended, or did not come in time.
-        UserError: there is no such device, or torchrun would not be able to restart the processes.
+        UserError: there is no such device, the environment describes no group, or torchrun would not be able to
+            restart the processes.
     """
     _check_restarts()
-    rank, size = int(os.environ.get("RANK", "0")), world_size()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    rank, size, local_rank = _number("RANK", 0), world_size(), _number("LOCAL_RANK", 0)
+    _check_place(rank, size)
     where = _device(device, local_rank)
     if where.type == "cuda":
         torch.cuda.set_device(where)
@@ -76,20 +89,57 @@ def process_group(device: str = "auto", timeout_minutes: float = 10) -> Iterator
         dist.destroy_process_group()
 
 
+def _check_place(rank: int, size: int) -> None:
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if size > 1 and missing:
+        raise UserError(f"WORLD_SIZE={size}, but {' and '.join(missing)} not set in the environment", _STARTED_BY)
+    if rank >= size:
+        raise UserError(f"RANK={rank}, but WORLD_SIZE={size}: ranks count from 0", _STARTED_BY)
+
+
 def _join(device: torch.device, timeout_minutes: float) -> None:
+    timeout = timedelta(minutes=timeout_minutes)
     try:
         # device_id makes NCCL connect now rather than in the middle of the first step
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            timeout=timedelta(minutes=timeout_minutes),
+            store=_meet(timeout),
+            rank=_number("RANK", 0),
+            world_size=world_size(),
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
-    except (dist.DistError, ValueError) as error:
+    except (dist.DistError, ValueError, TimeoutError) as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise LostProcess(
             f"rank {os.environ.get('RANK')}: {world_size()} processes were to meet at {place} within "
             f"{timeout_minutes:g} min, and did not ({str(error).splitlines()[0]:.150})"
         ) from error
+
+
+def _meet(timeout: timedelta) -> dist.Store:
+    """The store through which the processes find each other.
+
+    In a thread, because torch waits for ever where something takes the connection and then does not answer.
+
+    Raises:
+        TimeoutError: that is so; DistError, ValueError: what torch finds itself.
+    """
+    meeting: Future[dist.Store] = Future()
+
+    def meet() -> None:
+        try:
+            store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        except Exception as error:
+            meeting.set_exception(error)
+        else:
+            meeting.set_result(dist.PrefixStore("default_pg", store))
+
+    threading.Thread(target=meet, name="rendezvous", daemon=True).start()
+    try:
+        return meeting.result(timeout.total_seconds() + _TORCHS_TURN)
+    except TimeoutError as error:
+        raise TimeoutError("something there takes connections and does not answer: another program's port?") from error
 
 
 def end_with_launcher() -> None:

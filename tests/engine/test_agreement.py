@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from contextual_cnn.data.sources.source import ImageFiles
 from contextual_cnn.engine import agreement
-from contextual_cnn.engine.agreement import check_agreement, digest_code, digest_config, digest_listing
+from contextual_cnn.engine.agreement import check_agreement, digest_code, digest_config, digest_listing, operators
 from contextual_cnn.errors import UserError
+from contextual_cnn.models.contextual_conv import ContextualConv2d
 
 CONFIG = {"seed": 0, "data": {"root": "/a", "threads": 2, "image_size": 32}}
 
@@ -24,6 +27,16 @@ def test_the_place_of_the_data_may_differ_and_nothing_else():
     others = [folder("b", "a"), folder("a", "c"), folder("a\0b", ""), folder("a", "b", targets=(1, 0))]
     assert listing not in map(digest_listing, others)
     assert digest_code() == digest_code()
+
+
+def test_who_computes_the_convolutions_of_a_model_that_has_any(monkeypatch):
+    contextual = nn.Sequential(ContextualConv2d(nn.Conv2d(4, 4, 3, padding=1, groups=4), context_dim=2))
+    monkeypatch.setenv("CONTEXTUAL_CNN_OPS", "torch")
+    assert operators(contextual, torch.device("cpu")) == "torch"
+    monkeypatch.setenv("CONTEXTUAL_CNN_OPS", "fastest")
+    with pytest.raises(UserError, match="CONTEXTUAL_CNN_OPS=fastest"):
+        operators(contextual, torch.device("cpu"))
+    assert operators(nn.Conv2d(4, 4, 3), torch.device("cpu")) == ""
 
 
 def test_ranks_that_differ_are_named(monkeypatch):

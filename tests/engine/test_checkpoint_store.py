@@ -1,15 +1,17 @@
 """The store never holds up the run, never loses the last good checkpoint, and says what it did."""
 
+import hashlib
 import os
 import random
 import resource
+import socket
 import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from contextual_cnn.checkpoint import load_checkpoint, step_of
+from contextual_cnn.checkpoint import Manifest, load_checkpoint, step_of
 from contextual_cnn.engine import checkpoint_store
 from contextual_cnn.engine.checkpoint_store import CheckpointStore
 from contextual_cnn.errors import UserError
@@ -90,6 +92,69 @@ def test_all_files_damaged_is_an_error_and_no_fresh_start(tmp_path):
         CheckpointStore(tmp_path).newest()
 
 
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("/nowhere/at/all",)
+
+
+def pickle_that_runs(path):
+    write_whole({"format": 1, "model": Payload()}, path, step=99)
+
+
+def write_whole(content, path, step):
+    """Anything, with a manifest that fits it."""
+    torch.save(content, path)
+    data = path.read_bytes()
+    path.write_bytes(data + Manifest(len(data), hashlib.sha256(data).hexdigest(), step).line())
+
+
+UNUSABLE = {
+    "a folder": lambda path: path.mkdir(),
+    "a pipe": os.mkfifo,
+    "a socket": lambda path: socket.socket(socket.AF_UNIX).bind(os.path.relpath(path)),  # at most 108 letters
+    "a file that gives EIO": lambda path: path.symlink_to("/proc/self/mem"),
+    "a link to nothing": lambda path: path.symlink_to("gone"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a pickle that wants to run code": pickle_that_runs,
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_whatever_cannot_be_read_is_named_and_the_next_older_one_used(tmp_path, caplog, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    store = saved(tmp_path, 1, 2, 3)
+    store.last.unlink()
+    UNUSABLE[kind](store.last)
+    again = CheckpointStore(tmp_path)
+    path, found = again.newest()
+    assert (path, found["step"]) == (store.previous, 2)
+    assert str(store.last) in caplog.text
+    again.save(state(4))
+    again.close()
+    assert (step_of(store.last), step_of(store.previous)) == (4, 2)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_a_run_whose_only_checkpoint_cannot_be_read_does_not_start_from_zero(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    store = CheckpointStore(tmp_path)
+    UNUSABLE[kind](store.last)
+    with pytest.raises(UserError) as refused:
+        store.newest()
+    assert str(store.last) in refused.value.cause
+    assert "run_name=" in refused.value.fix
+
+
+def test_a_checkpoint_of_a_later_version_is_not_passed_over(tmp_path):
+    """Or the next save would replace it by an older state."""
+    store = saved(tmp_path, 1, 2)
+    write_whole(load_checkpoint(store.last) | {"format": 99}, store.last, step=2)
+    with pytest.raises(UserError, match="format 99"):
+        CheckpointStore(tmp_path).newest()
+
+
 def test_whatever_happens_the_newest_whole_file_is_found(tmp_path):
     """Random saves, damage to the newest, half-written files and restarts, while one whole file is left."""
     draw = random.Random(0)
@@ -167,6 +232,36 @@ def test_a_left_over_that_cannot_be_removed_is_a_save_that_failed(tmp_path, capl
     store.save(state(3))
     store.close()
     assert step_of(store.last) == 3
+
+
+def test_only_what_a_save_leaves_behind_is_removed(tmp_path):
+    tmp_path.joinpath("notes.tmp").write_text("mine")
+    tmp_path.joinpath("x.tmp").mkdir()
+    tmp_path.joinpath("best.tmp").write_bytes(b"half of a checkpoint")
+    store = saved(tmp_path, 1)
+    assert step_of(store.last) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "notes.tmp", "x.tmp"}
+
+
+def test_a_link_in_the_place_of_the_file_that_is_written_is_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "last.tmp").symlink_to(victim)
+    assert step_of(saved(run, 1).last) == 1
+    assert victim.read_text() == "mine"
+
+
+def test_the_files_own_times_say_nothing(tmp_path):
+    store = saved(tmp_path, 1, 2)
+    os.utime(store.previous, (2_000_000_000, 2_000_000_000))
+    assert CheckpointStore(tmp_path).newest()[1]["step"] == 2
+
+
+def test_a_folder_that_goes_in_mid_run_costs_no_warning_of_room_the_run(tmp_path, caplog):
+    CheckpointStore(tmp_path / "gone").warn_of_little_room(state(1))
+    assert str(tmp_path / "gone") in caplog.text
 
 
 def test_a_link_is_named_and_its_target_left_alone(tmp_path, caplog):

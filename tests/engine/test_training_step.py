@@ -1,7 +1,10 @@
 """What a step refuses to go on with, and says when it cannot be made."""
 
+import copy
+
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from contextual_cnn.contracts import Batch
@@ -31,10 +34,10 @@ class Small(nn.Module):
             self.add_module(name, nn.Linear(size, size))
 
 
-def training_step(model, state=None, micro_batch=8):
-    optimizer = build_optimizer(model)
+def training_step(model, state=None, micro_batch=8, optimizer=None, **settings):
+    optimizer = optimizer or build_optimizer(model)
     return TrainingStep(
-        TrainerSettings(ema_decay=None),
+        TrainerSettings(**dict(ema_decay=None) | settings),
         model=model,
         loss=StagedCrossEntropy(),
         optimizer=optimizer,
@@ -74,6 +77,63 @@ def test_a_step_that_is_skipped_leaves_the_statistics_of_batch_norms_too():
     step(1, iter([Batch(torch.full((8, 3, 4, 4), torch.nan), targets)]))
     assert step.meter.skipped_in_a_row == 1
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("warmup", [False, True], ids=["", "warm-up of the average"])
+def test_a_step_that_is_skipped_leaves_the_average_too(warmup):
+    model = WithStatistics()
+    step = training_step(model, ema_decay=0.9, ema_warmup=warmup)
+    expected = ModelEmaV3(model, decay=0.9, use_warmup=warmup)
+    good = [Batch(torch.randn(8, 3, 4, 4), torch.arange(8) % 2) for _ in range(3)]
+    for number in range(3):
+        step(number, iter([good[number]]))
+        expected.update(model, step=number + 1 if warmup else None)
+        assert_equal_states(step.ema.module, expected.module)  # what is not skipped is timm's own update
+    before = copy.deepcopy(step.ema.module)
+    step(3, iter([Batch(torch.full((8, 3, 4, 4), torch.nan), torch.arange(8) % 2)]))
+    assert step.meter.skipped_in_a_row == 1
+    assert_equal_states(step.ema.module, before)
+
+
+def assert_equal_states(one, other):
+    for (name, tensor), (_, expected) in zip(one.state_dict().items(), other.state_dict().items(), strict=True):
+        assert torch.equal(tensor, expected), name
+
+
+OPTIMIZERS = {
+    "timm's adamw": lambda model: build_optimizer(model, lr=0.1),
+    "timm's lamb": lambda model: build_optimizer(model, name="lamb", lr=0.1, eps=1e-6),
+    "torch's plain adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=0.1),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("saved_as", [True, False], ids=["channels_last", "contiguous"])
+def test_a_resume_with_another_memory_format_takes_the_same_step(saved_as, optimizer):
+    """The moments follow their parameters; torch's fused kernels walk through both side by side in memory."""
+    batches = [Batch(torch.randn(8, 3, 4, 4), torch.arange(8) % 2) for _ in range(4)]
+
+    def start(channels_last, state=None):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, 2))
+        if channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        made = OPTIMIZERS[optimizer](model)
+        return training_step(model, state, optimizer=made, channels_last=channels_last)
+
+    first = start(saved_as)
+    for number in range(3):
+        first(number, iter([batches[number]]))
+    state = copy.deepcopy(first.state())
+    same, flipped = start(saved_as, copy.deepcopy(state)), start(not saved_as, copy.deepcopy(state))
+    for parameter, moments in flipped.optimizer.state.items():
+        for name, moment in moments.items():
+            if moment.ndim:
+                assert moment.stride() == parameter.stride(), name
+    for resumed in (same, flipped):
+        resumed(3, iter([batches[3]]))
+    for name, tensor in same.module.state_dict().items():
+        assert torch.allclose(tensor, flipped.module.state_dict()[name], atol=1e-5), name
 
 
 def test_micro_batches_of_one_image_are_refused_where_a_batch_norm_sees_one_vector_each():

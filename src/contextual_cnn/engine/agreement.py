@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import contextual_cnn
 from contextual_cnn.data.sources import ImageSource
 from contextual_cnn.distributed import gather_numbers
 from contextual_cnn.errors import UserError
+from contextual_cnn.models.contextual_conv import ContextualConv2d, DeformableConv2d
+from contextual_cnn.ops.sampled_conv import implementation_on
 
 _FIXES = {
     "configuration": "start every node with the same command",
     "code": "bring every node to the same commit and the same versions of Python and torch",
+    "operators": "export CONTEXTUAL_CNN_OPS=torch (cpp, triton) on every node; by itself each takes what it can build",
     "train images": "copy the data set to the nodes again; compare the number of files",
     "val images": "copy the data set to the nodes again; compare the number of files",
     "checkpoint": "set output_dir to a folder that all nodes share",
@@ -49,6 +53,16 @@ def digest_code() -> str:
     sources = [path for path in sorted(root.rglob("*")) if path.suffix in (".py", ".cpp")]
     contents = [part for path in sources for part in (str(path.relative_to(root)), path.read_bytes())]
     return digest(platform.python_version(), torch.__version__, *contents)
+
+
+def operators(model: nn.Module, device: torch.device) -> str:
+    """Who computes the model's contextual convolutions in this process: cpp, triton or torch; empty if it has none.
+
+    Raises:
+        UserError: CONTEXTUAL_CNN_OPS names what cannot.
+    """
+    has_any = any(isinstance(module, ContextualConv2d | DeformableConv2d) for module in model.modules())
+    return implementation_on(device) if has_any else ""
 
 
 def check_agreement(facts: Mapping[str, str]) -> None:

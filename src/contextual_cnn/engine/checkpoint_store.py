@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contextual_cnn.checkpoint import DamagedCheckpoint, load_checkpoint, step_of, write_checkpoint
+from contextual_cnn.checkpoint import NewerFormat, load_checkpoint, step_of, write_checkpoint
 from contextual_cnn.distributed import is_main_process
 from contextual_cnn.errors import UserError
 
@@ -44,7 +44,8 @@ class CheckpointStore:
                 raise UserError(f"checkpoint.{key} must be above 0, got {value}", f"checkpoint.{key}=1")
         self.every_epochs = every_epochs
         self._every_steps, self._every_seconds = every_steps, every_minutes and 60 * every_minutes
-        self.last, self.previous, self.best = (folder / f"{name}.pt" for name in ("last", "previous", "best"))
+        self._files = tuple(folder / f"{name}.pt" for name in ("last", "previous", "best"))
+        self.last, self.previous, self.best = self._files
         self.folder = folder
         self._last_is_whole = False  # as far as this process knows; only then may it replace previous.pt
         self._writer: threading.Thread | None = None
@@ -52,9 +53,13 @@ class CheckpointStore:
         self._saved_step, self._saved_at = 0, time.monotonic()
 
     def warn_of_little_room(self, state: dict[str, Any]) -> None:
-        """Says in time that the disk will not hold this state as often as the run keeps it."""
-        there = sum(path.stat().st_size for path in (self.last, self.previous, self.best) if path.exists())
-        needed, free = FILES * tensor_bytes(state) - there, shutil.disk_usage(self.folder).free
+        """Warns in time that the disk will not hold this state as often as the run keeps it."""
+        try:
+            there = sum(path.stat().st_size for path in self._files if path.exists())
+            needed, free = FILES * tensor_bytes(state) - there, shutil.disk_usage(self.folder).free
+        except OSError as error:
+            log.warning("the room for checkpoints in %s cannot be told: %s", self.folder, error)
+            return
         if needed > free:
             log.warning(
                 "the checkpoints will need %.0f MiB, and %s has %.0f MiB free: make room before they fill it",
@@ -98,31 +103,33 @@ class CheckpointStore:
             raise self._failure
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that is whole, of last, previous and best; None if there is none at all.
+        """The newest checkpoint that can be used, of last, previous and best; None if there is none at all.
+
+        One that cannot is named, whatever is wrong with it, and the next older one is taken.
 
         Raises:
-            UserError: there are some, and all are damaged.
+            UserError: there are some, and none can be used; or the newest one is of a later version of this program,
+                which an older one must not be put in the place of.
         """
-        found = [path for path in (self.last, self.previous, self.best) if path.exists()]
-        steps = {path: step_of(path) for path in found}
-        for path in found:
+        unusable = []
+        # Those without a readable manifest first, so that they are named
+        for path in sorted(filter(_is_there, self._files), key=_step_or_infinity, reverse=True):
             if path.is_symlink() and is_main_process():
-                log.warning("%s is a link to %s", path, path.resolve())
-        damaged = []
-        # Those without a manifest first, so that they are mentioned
-        for path in sorted(found, key=lambda path: float("inf") if steps[path] is None else steps[path], reverse=True):
+                log.warning("%s is a link to %s", path, os.path.realpath(path))
             try:
                 state = load_checkpoint(path)
-            except DamagedCheckpoint as error:
-                damaged.append(error.cause)
+            except NewerFormat:
+                raise
+            except UserError as error:
+                unusable.append(error.cause)
                 if is_main_process():
                     log.warning("%s; looking for an older one", error.cause)
             else:
                 self._last_is_whole, self._saved_step = path == self.last, state["step"]
                 return path, state
-        if damaged:
+        if unusable:
             raise UserError(
-                f"none of the checkpoints of this run can be used: {'; '.join(damaged)}",
+                f"none of the checkpoints of this run can be used: {'; '.join(unusable)}",
                 f"run_name=NEW_NAME starts from zero; so does the same command after the removal of {self.folder}",
             )
         return None
@@ -131,8 +138,7 @@ class CheckpointStore:
         try:
             copied()
             _check_finite(state)
-            for left_behind in self.folder.glob("*.tmp"):  # by a run killed while it wrote
-                left_behind.unlink()
+            self._make_way()
             if is_best:
                 write_checkpoint(state, self.best)
             write_checkpoint(state, self.last, self.previous if self._last_is_whole else None)
@@ -141,6 +147,13 @@ class CheckpointStore:
             log.warning("%s; the run goes on and tries again", self._failure.cause)
         else:
             self._last_is_whole, self._failure = True, None
+
+    def _make_way(self) -> None:
+        """What a run left behind that was killed while it wrote is removed; a folder in a file's place is kept."""
+        for path in self._files:
+            path.with_suffix(".tmp").unlink(missing_ok=True)
+            if path.is_dir() and not path.is_symlink():
+                path.rename(path.with_suffix(".folder"))
 
     def _explain(self, error: Exception, step: int) -> UserError:
         """Of a full disk torch.save says "unexpected pos": the system's own error is behind that."""
@@ -155,6 +168,25 @@ class CheckpointStore:
             "what was written before is intact",
             "make room or make the folder writable, then start the same command again: it resumes",
         )
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is anything of that name; what cannot even be looked at counts as well."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _step_or_infinity(path: Path) -> float:
+    try:
+        step = step_of(path)
+    except UserError:
+        step = None
+    return float("inf") if step is None else step
 
 
 def tensor_bytes(value: Any) -> int:

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from contextual_cnn.distributed import gather_numbers
 from contextual_cnn.engine.checkpoint_store import FILES, tensor_bytes
+from contextual_cnn.engine.own_files import replaced
 from contextual_cnn.engine.trainer import Trainer
 from contextual_cnn.errors import UserError
 from contextual_cnn.models import describe
@@ -125,7 +126,8 @@ def report(trainer: Trainer, forecast: Forecast, folder: Path, console: Console)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         facts = asdict(forecast) | {"seconds_left": forecast.seconds_left}
-        (folder / "dry_run.json").write_text(json.dumps(facts, indent=2) + "\n")
+        with replaced(folder / "dry_run.json") as new:
+            new.write_text(json.dumps(facts, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"the run folder {folder} cannot be written: {error}", "set output_dir=FOLDER") from error
 

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from contextual_cnn.engine.own_files import open_own
 from contextual_cnn.engine.wandb_logger import WandbLogger, has_wandb_key
 from contextual_cnn.errors import UserError
 
@@ -41,12 +42,20 @@ class JsonLinesLogger:
     Args:
         resumed_step: rows of later steps, by a run that was killed after its last checkpoint, are cut off;
             they will be written again.
+
+    Raises:
+        UserError: there is something else of that name.
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         self._path = path
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.ftruncate(self._file, _length_up_to(path, resumed_step))
+        try:
+            self._file = open_own(path, os.O_WRONLY | os.O_APPEND)
+            os.ftruncate(self._file, _length_up_to(path, resumed_step))
+        except OSError as error:
+            raise UserError(
+                f"the metrics cannot be written: {error}", f"mv {path} {path}.old, or run_name=NEW_NAME"
+            ) from error
         self._pending = b""
         self._is_failing = False
 
@@ -107,43 +116,53 @@ def open_loggers(
             `wandb login`) and offline elsewhere; `wandb sync FOLDER/wandb/offline-run-*` sends an offline run later.
         patience: seconds that the end of the run waits for W&B.
     """
+    check_key(wandb)
     lines = JsonLinesLogger(folder / "metrics.jsonl", resumed_step)
     if wandb == "off":
         return lines
-    if wandb == "online" and not has_wandb_key():
-        raise UserError(
-            "logger.wandb=online, but there is no W&B API key",
-            "run `wandb login`, or use logger.wandb=offline",
-        )
     return Loggers(
         lines,
         WandbLogger(folder, config, project=project, entity=entity, run_name=run_name, mode=wandb, patience=patience),
     )
 
 
+def check_key(wandb: str | None) -> None:
+    """Raises UserError where an online run was insisted on that cannot be one."""
+    if wandb == "online" and not has_wandb_key():
+        raise UserError(
+            "logger.wandb=online, but there is no W&B API key",
+            "run `wandb login`, or use logger.wandb=offline",
+        )
+
+
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl; a line cut short by a kill is passed over."""
+    """The rows of a metrics.jsonl; lines that are no rows, as those that a kill has cut short, are left out."""
     if not path.exists():
         return []
-    rows = [_parse(line) for line in path.read_text().splitlines()]
+    with path.open("rb") as lines:
+        rows = [_parse(line) for line in lines]
     if None in rows:
-        log.warning("%s: passed over a damaged line", path)
+        log.warning("%s: %d damaged lines are left out", path, rows.count(None))
     return [row for row in rows if row is not None]
 
 
 def _length_up_to(path: Path, step: int) -> int:
     """Bytes of the lines up to the last whole one of this step or one before it."""
     length = kept = 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        length += len(line)
-        row = _parse(line)
-        if row is not None and row["step"] <= step and line.endswith(b"\n"):
-            kept = length
+    with path.open("rb") as lines:
+        for line in lines:
+            length += len(line)
+            row = _parse(line)
+            if row is not None and row["step"] <= step and line.endswith(b"\n"):
+                kept = length
     return kept
 
 
-def _parse(line: str | bytes) -> dict[str, float] | None:
+def _parse(line: bytes) -> dict[str, float] | None:
+    """A row, or None for anything else that a line may hold."""
     try:
-        return json.loads(line)
-    except ValueError:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
         return None
+    is_row = isinstance(row, dict) and type(row.get("step")) is int
+    return row if is_row and all(isinstance(value, int | float) for value in row.values()) else None

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,6 +15,7 @@ from contextual_cnn.data.augmentation import BatchAugmentation
 from contextual_cnn.data.bad_images import BadImages
 from contextual_cnn.data.sampler import BatchPlan
 from contextual_cnn.distributed import World
+from contextual_cnn.engine.guarded_ema import GuardedEma
 from contextual_cnn.engine.memory import out_of_memory
 from contextual_cnn.engine.nonfinite import explain_nonfinite
 from contextual_cnn.engine.train_meter import TrainMeter
@@ -68,7 +68,7 @@ class TrainingStep:
             )
         self.ema = None
         if settings.ema_decay is not None:
-            self.ema = ModelEmaV3(model, decay=settings.ema_decay, use_warmup=settings.ema_warmup)
+            self.ema = GuardedEma(model, decay=settings.ema_decay, use_warmup=settings.ema_warmup)
         if state is not None:
             self.restore(state)
         # Wrapped last: the EMA copy and the checkpoints see the bare module, whose names have no prefix
@@ -113,7 +113,7 @@ class TrainingStep:
         for buffer, before in statistics:  # the forward passes have changed them already
             buffer.copy_(torch.where(finite, buffer, before))
         if self.ema is not None:
-            self.ema.update(self.module, step=step + 1 if self._settings.ema_warmup else None)
+            self.ema.update_if(finite, self.module, step=step + 1 if self._settings.ema_warmup else None)
         self.meter.add_step(norm, finite)
         self.meter.add_bad_images(self._bad_images.take_replaced())
 
@@ -154,6 +154,7 @@ class TrainingStep:
         groups = self.optimizer.param_groups
         options = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        _give_strides_of_parameters(self.optimizer)
         for group, configured in zip(self.optimizer.param_groups, options, strict=True):
             group.update(configured)
 
@@ -207,3 +208,14 @@ class TrainingStep:
             is_finite = torch.isfinite(loss.total.detach())
             loss.total.backward(torch.where(is_finite, 1 / self._plan.accumulation, torch.nan))
         self.meter.add_micro_batch(scores, loss, batch.targets)
+
+
+def _give_strides_of_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """The moments of a checkpoint have the strides of the run that wrote it, perhaps of another memory format.
+
+    torch keeps them, and its fused kernels walk through parameters and moments side by side in memory.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

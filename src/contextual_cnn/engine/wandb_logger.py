@@ -13,6 +13,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from contextual_cnn.engine.own_files import replaced
+
 log = logging.getLogger(__name__)
 
 _INIT_TIMEOUT = 15  # seconds; W&B's own patience without a network is 100 s
@@ -84,7 +86,10 @@ class WandbLogger:
                     console="off",
                     silent=True,
                     save_code=False,
-                    x_disable_meta=True,  # command line, host and user of the process are nobody's business there
+                    # Command line, host, user and the address of the clone's remote are nobody's business there
+                    x_disable_meta=True,
+                    disable_git=True,
+                    host="",
                 )
                 identity = dict(id=_run_id(self._folder), resume="allow")
                 run = wandb.init(**options, **identity, mode=attempt, settings=settings)
@@ -118,7 +123,8 @@ def _run_id(folder: Path) -> str:
     """The run's W&B id, made once and kept in its folder, so that a resumed run is the same run there."""
     path = folder / "wandb_id.txt"
     if not path.exists() or not path.read_text().strip():
-        path.write_text(secrets.token_hex(4))
+        with replaced(path) as new:
+            new.write_text(secrets.token_hex(4))
     return path.read_text().strip()
 
 
