@@ -9,6 +9,7 @@ prediction is then made among the classes that are there, as those benchmarks do
 import glob
 import json
 import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from contextual_cnn.checkpoint import find_checkpoint, has_checkpoint
 from contextual_cnn.cli import Group
 from contextual_cnn.contracts import by_stage
 from contextual_cnn.data import ImageData
+from contextual_cnn.data.resize import Interpolation
 from contextual_cnn.data.sources import ImageSource
 from contextual_cnn.distributed import World, process_group
 from contextual_cnn.engine.class_report import report_classes, write_class_report
@@ -49,6 +51,9 @@ def data_overrides(
     limit: int | None = None,
     image_size: int | None = None,
     crop_pct: float | None = None,
+    interpolation: Interpolation | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     threads: int | None = None,
     eval_batch_size: int | None = None,
     loader: Literal["dali", "torch", "synthetic"] | None = None,

@@ -126,8 +126,8 @@ class Subject:
 
     @cached_property
     def images(self) -> Images:
-        config = {key: self.trained.config["data"][key] for key in ("image_size", "crop_pct", "mean", "std")}
-        maker = ImageMaker(**config, device=self.world.device)
+        keys = ("image_size", "crop_pct", "interpolation", "mean", "std")
+        maker = ImageMaker(**{key: self.trained.config["data"][key] for key in keys}, device=self.world.device)
         if self.arguments.images:
             return maker.from_files(find_images(self.arguments.images, self.arguments.count), self.trained.classes)
         source = self.data.sources["val"]
