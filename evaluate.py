@@ -9,6 +9,7 @@ prediction is then made among the classes that are there, as those benchmarks do
 import glob
 import json
 import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,9 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from contextual_cnn import cli
 from contextual_cnn.checkpoint import find_checkpoint, has_checkpoint
 from contextual_cnn.cli import Group
+from contextual_cnn.contracts import by_stage
 from contextual_cnn.data import ImageData
+from contextual_cnn.data.resize import Interpolation
 from contextual_cnn.data.sources import ImageSource
 from contextual_cnn.distributed import World, process_group
 from contextual_cnn.engine.class_report import report_classes, write_class_report
@@ -48,6 +51,9 @@ def data_overrides(
     limit: int | None = None,
     image_size: int | None = None,
     crop_pct: float | None = None,
+    interpolation: Interpolation | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     threads: int | None = None,
     eval_batch_size: int | None = None,
     loader: Literal["dali", "torch", "synthetic"] | None = None,
@@ -154,8 +160,7 @@ def _evaluate(
         among=None if present.all() else present.to(world.device),
         observe=lambda _, targets, logits: table.add(targets, logits),
     )["model"]
-    recalls = [report.pop(name) for name in sorted(report) if name.startswith("recall_stage")]
-    return report | {"stage_recall": recalls, "classes": int(present.sum())}, table.gather()
+    return report | {"classes": int(present.sum())}, table.gather()
 
 
 def _classes_to_choose_from(data: ImageData) -> torch.Tensor:
@@ -207,8 +212,8 @@ def _table(name: str, report: dict[str, Any]) -> Table:
     table.add_row("top-1", f"{report['top1']:.2f} %")
     table.add_row("its 95 % confidence interval", _spell(report["top1_interval"]))
     table.add_row("top-5", f"{report['top5']:.2f} %")
-    for i, recall in enumerate(report["stage_recall"], start=1):
-        table.add_row(f"true class on the shortlist after stage {i}", f"{recall:.2f} %")
+    for stage, recall in by_stage(report, "recall").items():
+        table.add_row(f"true class on the shortlist after stage {stage}", f"{recall:.2f} %")
     if "real_top1" in report:
         table.add_row(f"top-1 by ReaL, {report['real_images']} images with a label", f"{report['real_top1']:.2f} %")
         table.add_row("its 95 % confidence interval", _spell(report["real_top1_interval"]))

@@ -126,8 +126,8 @@ class Subject:
 
     @cached_property
     def images(self) -> Images:
-        config = {key: self.trained.config["data"][key] for key in ("image_size", "crop_pct", "mean", "std")}
-        maker = ImageMaker(**config, device=self.world.device)
+        keys = ("image_size", "crop_pct", "interpolation", "mean", "std")
+        maker = ImageMaker(**{key: self.trained.config["data"][key] for key in keys}, device=self.world.device)
         if self.arguments.images:
             return maker.from_files(find_images(self.arguments.images, self.arguments.count), self.trained.classes)
         source = self.data.sources["val"]
@@ -138,12 +138,8 @@ class Subject:
         """Of the images, on the CPU."""
         with torch.inference_mode():
             scores = staged_scores(self.contextual, self.images.inputs)
-        return StagedScores(*(tuple(tensor.cpu() for tensor in tensors) for tensors in scores))
-
-    @cached_property
-    def classified(self) -> list[int]:
-        """After which stages the model classifies; a plain model after the last."""
-        return [int(stage) for stage in self.model.projections] if isinstance(self.model, ContextualModel) else [4]
+        logits, shortlists = (tuple(tensor.cpu() for tensor in tensors) for tensors in scores[:2])
+        return StagedScores(logits, shortlists, scores.stages)
 
     def modulations(self, part: str) -> list[Modulation]:
         """Of the layers that have a weight_offset, or a sampling_offset."""
@@ -175,8 +171,7 @@ def draw_gradcam(subject: Subject, path: Path) -> None:
 
 def draw_embeddings(subject: Subject, path: Path) -> None:
     points = project(subject.contextual.class_embeddings.weight)
-    stages = subject.contextual.contextual_stages
-    plot_considered_classes(points, subject.images, subject.scores, stages, subject.classes, path)
+    plot_considered_classes(points, subject.images, subject.scores, subject.classes, path)
 
 
 def draw_similarity(subject: Subject, path: Path) -> None:
@@ -224,16 +219,16 @@ def draw_weights(subject: Subject, path: Path) -> None:
 
 
 def draw_shortlist(subject: Subject, path: Path) -> None:
-    plot_shortlists(subject.images, subject.scores, subject.classified, subject.classes, path)
+    plot_shortlists(subject.images, subject.scores, subject.classes, path)
 
 
 @torch.inference_mode()
 def draw_recall(subject: Subject, path: Path) -> None:
     batches = subject.data.evaluation_batches(subject.world)
     curves = recall_curves((staged_scores(subject.model, batch.images), batch.targets) for batch in batches)
-    sizes = subject.model.shortlist_sizes if isinstance(subject.model, ContextualModel) else ()
+    sizes = subject.model.shortlist_sizes if isinstance(subject.model, ContextualModel) else {}
     title = f"{subject.name}: recall after each stage, {batches.images} val images"
-    plot_recall(curves, subject.classified, sizes, title, path)
+    plot_recall(curves, sizes, title, path)
 
 
 FIGURES = {

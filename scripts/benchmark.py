@@ -165,10 +165,10 @@ def benchmark_loss(arguments: argparse.Namespace) -> dict:
     logits = tuple(torch.randn(arguments.batch_size, 1000, device=arguments.device).requires_grad_() for _ in range(4))
     hard = torch.randint(1000, (arguments.batch_size,), device=arguments.device)
     soft = torch.softmax(torch.randn(arguments.batch_size, 1000, device=arguments.device), dim=1)
-    loss = StagedCrossEntropy()
+    loss, scores = StagedCrossEntropy(), StagedScores(logits, (), (1, 2, 3, 4))
     candidates = {
-        "soft targets": lambda: loss(StagedScores(logits), soft).total.backward(),
-        "hard targets": lambda: loss(StagedScores(logits), hard).total.backward(),
+        "soft targets": lambda: loss(scores, soft).total.backward(),
+        "hard targets": lambda: loss(scores, hard).total.backward(),
     }
     return compare(candidates, "soft targets", arguments)
 

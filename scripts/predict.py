@@ -26,9 +26,8 @@ from rich.progress import track
 from rich.table import Table
 from timm.data import create_transform
 
-from contextual_cnn.contracts import StagedScores
+from contextual_cnn.engine.evaluator import staged_scores
 from contextual_cnn.errors import UserError, run_script
-from contextual_cnn.models import ContextualModel
 from contextual_cnn.trained import Trained, describe_classes, load_model
 
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
@@ -120,17 +119,15 @@ def predict(given: Trained, paths: Sequence[Path], batch_size: int, unreadable: 
 
 
 def interpret(model: torch.nn.Module, paths: list[Path], images: torch.Tensor) -> Iterator[Prediction]:
-    contextual = isinstance(model, ContextualModel)
-    scores = StagedScores.of(model(images, staged=True) if contextual else model(images))
+    scores = staged_scores(model, images)
     top = scores.logits[-1].softmax(dim=1).topk(min(TOP, model.num_classes), dim=1)
-    stages = [stage - 1 for stage in model.contextual_stages if stage > 1] if contextual else []
     # The model hands them on without an order
     ordered = [
         shortlist.gather(1, logits.gather(1, shortlist).argsort(dim=1, descending=True)).tolist()
-        for logits, shortlist in zip(scores.logits, scores.shortlists, strict=False)
+        for logits, shortlist in zip(scores.logits[:-1], scores.shortlists, strict=True)
     ]
     for i, path in enumerate(paths):
-        shortlists = [Shortlist(stage, classes[i]) for stage, classes in zip(stages, ordered, strict=True)]
+        shortlists = [Shortlist(stage, classes[i]) for stage, classes in zip(scores.stages[:-1], ordered, strict=True)]
         yield Prediction(path, list(zip(top.indices[i].tolist(), top.values[i].tolist(), strict=True)), shortlists)
 
 

@@ -112,7 +112,8 @@ def test_evaluation_equals_the_one_during_training(straight):
         assert report["top1"] == last[f"{prefix}/top1"]
         assert top1 == round(report["top1"], 2)
         assert report["top5"] == last[f"{prefix}/top5"]
-        assert report["stage_recall"] == [last[f"{prefix}/recall_stage{i}"] for i in (1, 2, 3)]
+        for name in ("recall_stage1", "recall_stage2", "recall_stage3"):
+            assert report[name] == last[f"{prefix}/{name}"]
         assert (report["images"], report["weights"]) == (18, weights)
         assert report["images_per_second"] > 0
 

@@ -2,10 +2,12 @@
 
 import csv
 import json
+import re
 import shutil
 
 import pytest
 
+from contextual_cnn.engine.loggers import read_metrics
 from contextual_cnn.engine.reliability import wilson_interval
 from tests.conftest import run_group, small_run
 from tests.quick_start import run
@@ -67,6 +69,21 @@ def test_the_predictions_are_complete_and_make_the_report_at_1_and_2_processes(t
         assert float(one["probability1"]) == pytest.approx(float(other["probability1"]), abs=1e-5)
     again = json.loads((trained / "checkpoints" / "evaluation.json").read_text())
     assert again["calibration_error"] == pytest.approx(report["calibration_error"], abs=1e-3)
+
+
+def test_stages_are_named_by_what_they_follow_from_the_log_to_the_report(image_root, tmp_path):
+    """Of a model with context in stage 4 alone, which classifies after stages 3 and 4."""
+    few = ["model.contextual_stages=[4]", "trainer.max_steps=2"]
+    status, printed = run(*small_run(image_root, tmp_path, *few), output=tmp_path / "output")
+    assert status == 0, printed
+    assert re.search(r"loss \S+ \(s3 \S+ s4 \S+\), recall s3 \d+ %", printed)
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    logged = {name for row in rows for name in row if "_stage" in name}
+    measured = {"train/loss_stage3", "train/loss_stage4", "train/recall_stage3"}
+    assert logged == measured | {"val/recall_stage3", "val_ema/recall_stage3"}
+    report, printed = evaluate(tmp_path / "run", tmp_path)
+    assert {name for name in report if "_stage" in name} == {"recall_stage3"}
+    assert re.findall(r"after stage \d", printed) == ["after stage 3"]
 
 
 @pytest.mark.parametrize("names", ["class_{}", "{}"], ids=["names", "numbers"])

@@ -18,7 +18,8 @@ def test_skipping_has_an_end_and_shows_the_batch(image_root, tmp_path):
     status, printed = run(*small_run(image_root, tmp_path, *overrides), output=tmp_path / "output")
     assert status == 2, printed
     assert "were not finite for 2 steps from step 2 on" in printed
-    assert re.search(r"summed losses of the stages \S+ \S+ \S+ \S+, lr 9.83e\+29; batch in .*nonfinite", printed)
+    losses = ", ".join(rf"loss_stage{stage} \S+" for stage in (1, 2, 3, 4))
+    assert re.search(rf"{losses}; lr 9.83e\+29; batch in .*nonfinite", printed)
     assert "optimizer.lr" in printed
     batch = torch.load(tmp_path / "run" / "nonfinite" / "step_2_rank_0.pt", weights_only=True)
     assert batch["images"].shape == (8, 3, 32, 32)

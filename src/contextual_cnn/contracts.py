@@ -3,10 +3,15 @@
 Shapes: B images, N classes, k classes of a shortlist.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+
+STAGES = 4  # of every backbone (section 3.1)
 
 
 class Batch(NamedTuple):
@@ -27,17 +32,20 @@ class StagedScores(NamedTuple):
     logits: per stage (B, N) float32, scores divided by the temperature; -inf marks a class that the
         stage no longer considers.
     shortlists: per stage but the last (B, k) int64, the classes whose embeddings make the next stage's context.
+    stages: the stage that each classification follows, counted from 1.
 
-    A model without stages is the case of one stage and no shortlist.
+    A plain model has one classification, after stage 4, and no shortlist: its loss is comparable with the last loss
+    of a contextual model.
     """
 
     logits: tuple[Tensor, ...]
-    shortlists: tuple[Tensor, ...] = ()
+    shortlists: tuple[Tensor, ...]
+    stages: tuple[int, ...]
 
     @classmethod
     def of(cls, output: "StagedScores | Tensor") -> "StagedScores":
-        """Takes whatever a model returns: staged scores as they are, plain (B, N) logits as a single stage."""
-        return output if isinstance(output, StagedScores) else cls((output.float(),))
+        """Takes whatever a model returns: staged scores as they are, plain (B, N) logits as those after stage 4."""
+        return output if isinstance(output, StagedScores) else cls((output.float(),), (), (STAGES,))
 
 
 class StagedLoss(NamedTuple):
@@ -50,3 +58,14 @@ class StagedLoss(NamedTuple):
 def is_considered(logits: Tensor) -> Tensor:
     """(B, N) bool: True unless the stage dropped the class. A NaN counts as considered, so that it shows."""
     return logits != -torch.inf
+
+
+def stage_name(measure: str, stage: int) -> str:
+    """The name of a measure taken after a stage: recall_stage3. No other function makes such a name."""
+    return f"{measure}_stage{stage}"
+
+
+def by_stage(metrics: Mapping[str, T], measure: str) -> dict[int, T]:
+    """The values whose names `stage_name` made, by stage, in ascending order."""
+    names = {stage: stage_name(measure, stage) for stage in range(1, STAGES + 1)}
+    return {stage: metrics[name] for stage, name in names.items() if name in metrics}

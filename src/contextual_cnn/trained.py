@@ -11,6 +11,7 @@ from torch import nn
 from contextual_cnn import cli
 from contextual_cnn.checkpoint import find_checkpoint, load_checkpoint
 from contextual_cnn.data import ImageData
+from contextual_cnn.data.image_data import LATER_KEYS
 from contextual_cnn.errors import UserError
 from contextual_cnn.models import build_model
 
@@ -46,7 +47,7 @@ class Trained:
         return {
             "input_size": (3, data["image_size"], data["image_size"]),
             "crop_pct": data["crop_pct"],
-            "interpolation": "bicubic",
+            "interpolation": data["interpolation"],
             "mean": tuple(data["mean"]),
             "std": tuple(data["std"]),
         }
@@ -65,7 +66,7 @@ def load_model(checkpoint: str, weights: str = "auto", data: Mapping[str, Any] |
     """
     path = find_checkpoint(checkpoint)
     state = load_checkpoint(path)
-    config = state["config"] | {"data": state["config"]["data"] | dict(data or {})}
+    config = state["config"] | {"data": LATER_KEYS | state["config"]["data"] | dict(data or {})}
     cli.check_config({key: config[key] for key in _SCHEMA}, _SCHEMA)  # a checkpoint's config is somebody's input too
     weights = state["best"]["weights"] if weights == "auto" else weights
     if weights == "ema" and state["ema"] is None:

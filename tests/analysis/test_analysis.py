@@ -57,6 +57,18 @@ def test_the_dense_form_costs_its_twin_plus_generators_and_one_thin_map():
     assert weight.interpolation == 0
 
 
+def test_a_stage_has_one_colour_in_both_panels(tmp_path):
+    rows = [{"step": i, "train/loss": 2.0, "train/loss_stage3": 1.0, "val/recall_stage3": 80.0} for i in (1, 2)]
+    plot_curves(rows, tmp_path / "curves.png", "run")
+    with Image.open(tmp_path / "curves.png") as drawn:
+        halves = (drawn.width // 2, drawn.height // 2)
+        losses = drawn.convert("RGB").crop((halves[0], 0, drawn.width, halves[1]))
+        recalls = drawn.convert("RGB").crop((0, halves[1], halves[0], drawn.height))
+    colours = [{pixel for n, pixel in panel.getcolors(1 << 20) if n > 100} for panel in (losses, recalls)]
+    lines = [{pixel for pixel in found if max(pixel) - min(pixel) > 60} for found in colours]
+    assert lines[0] == lines[1] != set()
+
+
 def test_curves_are_drawn_from_whatever_rows_there_are(tmp_path):
     rows = [
         {"step": 1, "train/loss": 2.0, "train/loss_stage1": 1.0, "train/lr": 0.1, "train/top1": 5.0},

@@ -116,24 +116,26 @@ def test_recall_curves_are_the_ranks_counted_one_by_one(tmp_path):
     logits[1][:, 3] = -torch.inf  # dropped by a stage
     labels = torch.randint(7, (40,))
     parts = [
-        (StagedScores(tuple(stage[part] for stage in logits)), labels[part]) for part in (slice(25), slice(25, 40))
+        (StagedScores(tuple(stage[part] for stage in logits), (), (2, 3, 4)), labels[part])
+        for part in (slice(25), slice(25, 40))
     ]
     curves = recall_curves(parts)
-    for stage, curve in zip(logits, curves, strict=True):
+    assert list(curves) == [2, 3, 4]
+    for stage, curve in zip(logits, curves.values(), strict=True):
         for m in range(1, 8):
             found = [
                 labels[b].item() in stage[b].topk(m).indices.tolist() and stage[b, labels[b]] > -torch.inf
                 for b in range(40)
             ]
             assert curve[m - 1].item() == pytest.approx(sum(found) / 40)
-    assert curves[1, -1] < 1 == curves[0, -1]
-    for name, lines in (("one", curves), ("other", curves.sqrt())):
-        plot_recall(lines, (2, 3, 4), (4, 2), "title", tmp_path / f"{name}.png")
+    assert curves[3][-1] < 1 == curves[2][-1]
+    for name, lines in (("one", curves), ("other", {stage: curve.sqrt() for stage, curve in curves.items()})):
+        plot_recall(lines, {2: 4, 3: 2}, "title", tmp_path / f"{name}.png")
     assert differ(drawn(tmp_path / "one.png"), drawn(tmp_path / "other.png"))
 
 
 def test_a_score_that_is_no_number_is_no_hit():
-    assert recall_curves([(StagedScores((torch.full((2, 3), torch.nan),)), torch.tensor([0, 1]))]).max() == 0
+    assert recall_curves([(StagedScores.of(torch.full((2, 3), torch.nan)), torch.tensor([0, 1]))])[4].max() == 0
 
 
 def test_recorded_offsets_are_what_the_layers_used(model, images):
@@ -204,11 +206,11 @@ def test_shortlists_and_embeddings_are_drawn_from_the_scores(model, images, tmp_
     points = project(model.class_embeddings.weight)
     assert points.shape == (6, 2)
     assert (points == project(model.class_embeddings.weight)).all()
-    flipped = StagedScores(tuple(-logits for logits in scores.logits), scores.shortlists)
-    fewer = StagedScores(scores.logits, tuple(shortlist[:, :1] for shortlist in scores.shortlists))
+    flipped = scores._replace(logits=tuple(-logits for logits in scores.logits))
+    fewer = scores._replace(shortlists=tuple(shortlist[:, :1] for shortlist in scores.shortlists))
     for name, some in (("one", scores), ("flipped", flipped), ("fewer", fewer)):
-        plot_shortlists(images, some, (1, 2, 3, 4), CLASSES, tmp_path / f"bars_{name}.png")
-        plot_considered_classes(points, images, some, (2, 3, 4), CLASSES, tmp_path / f"points_{name}.png")
+        plot_shortlists(images, some, CLASSES, tmp_path / f"bars_{name}.png")
+        plot_considered_classes(points, images, some, CLASSES, tmp_path / f"points_{name}.png")
     assert differ(drawn(tmp_path / "bars_one.png"), drawn(tmp_path / "bars_flipped.png"))
     assert differ(drawn(tmp_path / "points_one.png"), drawn(tmp_path / "points_fewer.png"))
 
@@ -224,9 +226,9 @@ def test_a_true_class_far_down_takes_the_last_bar():
 def test_images_are_made_as_timm_evaluates(image_root):
     files = find_images([image_root / "val"], 5)
     assert len(files) == 5
-    size = dict(crop_pct=0.8, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    size = dict(crop_pct=0.8, interpolation="bilinear", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     made = ImageMaker(48, **size, device=torch.device("cpu")).from_files(files, ["class_1", "class_0"])
-    transform = create_transform(48, interpolation="bicubic", **size)
+    transform = create_transform(48, **size)
     for path, tensor, label in zip(files, made.inputs, made.labels, strict=True):
         with Image.open(path) as image:
             torch.testing.assert_close(tensor, transform(image), atol=1e-5, rtol=0)

@@ -63,21 +63,25 @@ def crop(photo, height, width):
 @pytest.mark.parametrize(
     "sizes", [[(375, 500), (333, 500), (500, 375), (500, 334), (256, 341), (427, 640)], [(97, 211), (301, 299)]]
 )
-def test_evaluation_equals_timms_transform(tmp_path, photos, sizes, loader):
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_evaluation_equals_timms_transform(tmp_path, photos, sizes, loader, interpolation):
     images = [crop(photos[i % 2], *size) for i, size in enumerate(sizes)]
-    data = ImageData(root=str(write(tmp_path, images)), threads=1, eval_batch_size=4, loader=loader)
+    options = dict(threads=1, eval_batch_size=4, loader=loader, interpolation=interpolation)
+    data = ImageData(root=str(write(tmp_path, images)), **options)
     ours = pixels(torch.cat([batch.images for batch in data.evaluation_batches(world())]))
-    transform = create_transform(224, is_training=False, interpolation="bicubic", crop_pct=0.875, mean=MEAN, std=STD)
+    transform = create_transform(224, interpolation=interpolation, crop_pct=0.875, mean=MEAN, std=STD)
     theirs = pixels(torch.stack([transform(Image.fromarray(image)) for image in images]))
     error = (ours - theirs).abs().mean(dim=(1, 2, 3))
     # DALI's images are resized by torch, with rounder weights; one pixel off would be 5
     assert error.max() < (0.01 if loader == "dali" else 1e-4), error
 
 
-def test_training_crops_are_those_that_were_drawn(tmp_path, photos, loader):
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_training_crops_are_those_that_were_drawn(tmp_path, photos, loader, interpolation):
     sizes = [(375, 500), (500, 333), (60, 300), (300, 60), (90, 90), (427, 640)]
     images = [crop(photos[i % 2], *size) for i, size in enumerate(sizes)]
-    data = ImageData(root=str(write(tmp_path, images, "train")), threads=1, loader=loader)
+    root, kind = write(tmp_path, images, "train"), Image.Resampling[interpolation.upper()]
+    data = ImageData(root=str(root), threads=1, loader=loader, interpolation=interpolation)
     augmentation = Augmentation(scale=(0.3, 1.0), ratio=(0.8, 1.25), randaugment=None, color_jitter=0.0)
     plan = BatchPlan.make(images=6, global_batch=6, micro_batch=6, world_size=1)
     batches, sampler = data.train_batches(plan, augmentation, 1, world(), 0), TrainSampler(plan, 1, 0)
@@ -88,7 +92,7 @@ def test_training_crops_are_those_that_were_drawn(tmp_path, photos, loader):
             top, left, h, w = reference.random_resized_crop(
                 *sizes[index], zip(draws.height[i], draws.width[i], strict=True), draws.place[i], (0.8, 1.25)
             )
-            piece = Image.fromarray(images[index][top : top + h, left : left + w]).resize((224, 224), Image.BICUBIC)
+            piece = Image.fromarray(images[index][top : top + h, left : left + w]).resize((224, 224), kind)
             expected = torch.from_numpy(np.array(piece)).permute(2, 0, 1).float()
             expected = expected.flip(2) if draws.flip[i] else expected
             assert (pixels(batch.images[i]) - expected).abs().mean() < 0.3  # another place or size would be over 5
@@ -212,18 +216,20 @@ def test_both_loaders_make_the_same_batches_of_the_same_draws(image_root):
     assert max(differences) < 0.5  # equalized
 
 
-def test_the_graphs_can_be_traced_for_a_gpu():
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_the_graphs_can_be_traced_for_a_gpu(interpolation):
     """Which is all that a machine without one can do with them; images must not leave the GPU for Python."""
-    options = dict(image_size=224, normalisation=dict(mean=[0.0] * 3, std=[1.0] * 3))
+    options = dict(image_size=224, interpolation=interpolation, normalisation=dict(mean=[0.0] * 3, std=[1.0] * 3))
     options |= dict(on="cuda", batch_size=4, num_threads=1, device_id=0)
-    recipe = dict(ratio=(0.75, 1.33), layers=2, fill=(124, 116, 104), interpolation="bilinear")
+    recipe = dict(ratio=(0.75, 1.33), layers=2, fill=(124, 116, 104), ops_interpolation="bilinear")
     with (
         mock.patch.object(dali.fn, "resize", wraps=dali.fn.resize) as resize,
         mock.patch.object(dali.fn, "python_function", side_effect=AssertionError),
     ):
         dali._train_pipeline(lambda info: None, **recipe, **options)
         dali._evaluation_pipeline(lambda info: None, resize_size=256, **options)
-    assert resize.call_count == 2
+    kind = {"bicubic": dali.types.INTERP_CUBIC, "bilinear": dali.types.INTERP_LINEAR}[interpolation]
+    assert [call.kwargs["interp_type"] for call in resize.call_args_list] == [kind, kind]
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "gone"])

@@ -40,6 +40,14 @@ def test_uneven_batches_are_counted_as_one_pass_of_images():
         assert split[f"recall_stage{i}"] == pytest.approx(100 * sum(kept) / 9)
 
 
+@pytest.mark.parametrize(("contextual", "named"), [((4,), {3}), ((2, 4), {1, 3}), ((1, 2, 3, 4), {1, 2, 3})])
+def test_recall_is_named_by_the_stage_that_made_the_shortlist(contextual, named):
+    """These names alone, so that a rank without images, which names its sums by the model, has the same."""
+    model = build_model(name="contextual_convnext_atto", num_classes=10, contextual_stages=contextual)
+    report = evaluate({"raw": model}, batches((3,)), 3, WORLD, contextlib.nullcontext())["raw"]
+    assert {name for name in report if name.startswith("recall")} == {f"recall_stage{stage}" for stage in named}
+
+
 def test_the_loss_is_finite_where_classes_have_been_dropped():
     model = build_model(name="contextual_convnext_atto", num_classes=10, selection="reduce")
     (batch,) = batches((40,))
@@ -97,6 +105,6 @@ def test_hits():
     logits = torch.tensor([[0.1, 0.9, 0.0], [0.5, 0.4, 0.1]])
     labels = torch.tensor([1, 2])
     assert {name: int(count) for name, count in top_hits(logits, labels).items()} == {"top1": 1, "top5": 2}
-    scores = StagedScores((logits, logits), (torch.tensor([[1, 0], [0, 1]]),))
-    assert int(stage_hits(scores, labels)["recall_stage1"]) == 1
+    scores = StagedScores((logits, logits), (torch.tensor([[1, 0], [0, 1]]),), (3, 4))
+    assert {name: int(count) for name, count in stage_hits(scores, labels).items()} == {"recall_stage3": 1}
     assert labels_of(torch.tensor([[0.2, 0.8], [0.6, 0.4]])).tolist() == [1, 0]

@@ -46,6 +46,14 @@ def test_what_makes_no_other_run_may_change(store):
     assert load_newest(store, moved, ("a",), "abc", plan(), "auto")["step"] == 7
 
 
+def test_a_run_from_before_data_interpolation_was_bicubic(store):
+    now = CONFIG | {"data": CONFIG["data"] | {"interpolation": "bicubic"}}
+    assert load_newest(store, now, ("a",), "abc", plan(), "auto")["step"] == 7
+    now["data"]["interpolation"] = "bilinear"
+    with pytest.raises(UserError, match=r"data.interpolation: bicubic -> bilinear"):
+        load_newest(store, now, ("a",), "abc", plan(), "auto")
+
+
 def test_another_recipe_or_other_data_are_refused_or_mentioned(store, caplog):
     changed = CONFIG | {"optimizer": {"lr": 0.2}}
     with pytest.raises(UserError, match=r"optimizer.lr: 0.1 -> 0.2"):

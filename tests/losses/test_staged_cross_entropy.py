@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from contextual_cnn.contracts import StagedScores
 from contextual_cnn.losses import StagedCrossEntropy
+from contextual_cnn.models import build_model
 from tests import reference
 
 B, N = 6, 8
@@ -22,7 +23,7 @@ def scores_of(considered_counts, seed=0, dtype=torch.float32):
             stage[b, [j for j in range(N) if j not in classes]] = -torch.inf
         logits.append(stage.requires_grad_())
         sets.append(kept)
-    return StagedScores(tuple(logits)), sets
+    return StagedScores(tuple(logits), (), tuple(range(1, 1 + len(logits)))), sets
 
 
 def soft_targets(seed=1):
@@ -75,14 +76,14 @@ def test_gradients_are_finite_and_zero_where_nothing_is_considered():
 def test_no_considered_target_at_all_costs_nothing():
     logits = torch.full((B, N), -torch.inf)
     logits[:, 0] = 1.0
-    loss = StagedCrossEntropy()(StagedScores((logits.requires_grad_(),)), torch.full((B,), 3))
+    loss = StagedCrossEntropy()(StagedScores.of(logits.requires_grad_()), torch.full((B,), 3))
     loss.total.backward()
     assert loss.total.item() == 0
     assert not logits.grad.any()
 
 
 def test_nan_is_not_hidden():
-    scores = StagedScores((torch.full((B, N), torch.nan),))
+    scores = StagedScores.of(torch.full((B, N), torch.nan))
     assert StagedCrossEntropy()(scores, torch.zeros(B, dtype=torch.int64)).total.isnan()
 
 
@@ -90,4 +91,14 @@ def test_a_model_without_stages_gets_plain_cross_entropy():
     logits, labels = torch.randn(B, N), torch.randint(N, (B,))
     loss = StagedCrossEntropy()(StagedScores.of(logits), labels)
     torch.testing.assert_close(loss.total, F.cross_entropy(logits, labels))
-    assert list(loss.parts) == ["loss_stage1"]
+    assert list(loss.parts) == ["loss_stage4"]
+
+
+@pytest.mark.parametrize(
+    ("contextual", "named"),
+    [((4,), (3, 4)), ((3, 4), (2, 3, 4)), ((2, 4), (1, 3, 4)), ((1, 2, 3, 4), (1, 2, 3, 4)), ((1,), (4,))],
+)
+def test_a_loss_is_named_by_the_stage_that_its_classification_follows(contextual, named):
+    model = build_model(name="contextual_convnext_atto", num_classes=N, contextual_stages=contextual)
+    loss = StagedCrossEntropy()(model(torch.randn(2, 3, 32, 32)), torch.arange(2))
+    assert list(loss.parts) == [f"loss_stage{stage}" for stage in named]

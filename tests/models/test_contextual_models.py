@@ -84,6 +84,8 @@ def test_any_choice_of_contextual_stages(stages, selection):
         assert any(isinstance(block.conv_dw, ContextualConv2d) for block in stage.blocks) == (i in stages)
     scores = model(torch.randn(3, 3, 64, 64))
     kept = [{2: 6, 3: 4, 4: 2}[stage] for stage in stages if stage > 1]
+    assert scores.stages == (*(stage - 1 for stage in stages if stage > 1), 4)
+    assert model.shortlist_sizes == dict(zip(scores.stages[:-1], kept, strict=True))
     assert [shortlist.shape[1] for shortlist in scores.shortlists] == kept
     assert [is_considered(logits).sum().item() // 3 for logits in scores.logits] == (
         [10, *kept] if selection == "reduce" else [10] * (len(kept) + 1)
@@ -248,9 +250,10 @@ def test_compiles_without_graph_breaks(training):
     """By inductor, gradients included: tests/test_scripts.py, the GPU check on a CPU."""
     model = wake_up(atto()).train(training)
     images = torch.randn(2, 3, 64, 64)
-    expected = model(images, staged=True).logits[-1]
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(images, staged=True).logits[-1]
-    assert_close(compiled, expected, rtol=1e-3, atol=1e-3)
+    expected = model(images, staged=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(images, staged=True)
+    assert_close(compiled.logits[-1], expected.logits[-1], rtol=1e-3, atol=1e-3)
+    assert compiled.stages == expected.stages == (1, 2, 3, 4)
 
 
 MISTAKES = {

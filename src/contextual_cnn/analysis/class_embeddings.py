@@ -49,7 +49,6 @@ def plot_considered_classes(
     points: np.ndarray,
     images: Images,
     scores: StagedScores,
-    stages: Sequence[int],
     classes: Sequence[str],
     path: Path,
 ) -> None:
@@ -57,9 +56,8 @@ def plot_considered_classes(
 
     Args:
         points: (N, 2), of the classes.
-        stages: the contextual stages, each of which takes one of the shortlists as its context.
     """
-    taking = [stage for stage in stages if stage > 1]
+    taking = [stage + 1 for stage in scores.stages[:-1]]  # each takes the shortlist of the stage before as its context
     columns = [("stage 1", None), *((f"stage {stage}", s) for stage, s in zip(taking, scores.shortlists, strict=True))]
     title = "t-SNE of the class embeddings: the classes that each stage considers"
     with figure(path, len(images.names), 1 + len(columns), (2.6, 2.7), title) as axes:

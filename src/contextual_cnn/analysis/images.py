@@ -14,6 +14,7 @@ from torch import Tensor
 
 from contextual_cnn.data.on_device import normalise
 from contextual_cnn.data.reader import read_image
+from contextual_cnn.data.resize import Interpolation
 from contextual_cnn.data.sources import ImageSource
 from contextual_cnn.errors import UserError
 
@@ -37,14 +38,21 @@ class ImageMaker:
     """Makes images as timm's evaluation does.
 
     Args:
-        image_size, crop_pct, mean, std: see `ImageData`.
+        image_size, crop_pct, interpolation, mean, std: see `ImageData`.
     """
 
     def __init__(
-        self, image_size: int, crop_pct: float, mean: Sequence[float], std: Sequence[float], device: torch.device
+        self,
+        image_size: int,
+        crop_pct: float,
+        interpolation: Interpolation,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
     ) -> None:
+        resizing = dict(crop_pct=crop_pct, interpolation=interpolation)
         # For its prefetching loader timm gives the pixels, which is what the figures show
-        self._transform = create_transform(image_size, interpolation="bicubic", crop_pct=crop_pct, use_prefetcher=True)
+        self._transform = create_transform(image_size, **resizing, use_prefetcher=True)
         self._mean, self._std, self._device = mean, std, device
 
     def from_files(self, paths: Sequence[Path], classes: Sequence[str]) -> Images:

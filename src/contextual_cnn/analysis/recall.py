@@ -1,17 +1,17 @@
 """How soon the true class is among the best of each stage: the curves behind the choice of N2, N3 and N4."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from contextual_cnn.analysis.style import LINES, figure
+from contextual_cnn.analysis.style import STAGE_COLORS, figure
 from contextual_cnn.contracts import StagedScores
 
 
-def recall_curves(scored: Iterable[tuple[StagedScores, Tensor]]) -> Tensor:
-    """(S, N): of S classifications the share of images whose true class is among the best m, for m of 1 to N.
+def recall_curves(scored: Iterable[tuple[StagedScores, Tensor]]) -> dict[int, Tensor]:
+    """By stage, (N,): the share of images whose true class is among the best m after it, for m of 1 to N.
 
     A true class is as far down as the classes with a higher logit, which favours it among equals; one that a stage
     no longer considers, or whose score is no number, is not found at any m.
@@ -19,28 +19,28 @@ def recall_curves(scored: Iterable[tuple[StagedScores, Tensor]]) -> Tensor:
     Args:
         scored: batches' scores and (B,) labels.
     """
-    hits, images = 0, 0
+    hits, images = {}, 0
     for scores, labels in scored:
-        hits = hits + torch.stack([_rank_counts(logits, labels) for logits in scores.logits])
+        for stage, logits in zip(scores.stages, scores.logits, strict=True):
+            hits[stage] = hits.get(stage, 0) + _rank_counts(logits, labels)
         images += len(labels)
-    return (hits.cumsum(dim=1) / images).cpu()
+    return {stage: (counts.cumsum(dim=0) / images).cpu() for stage, counts in hits.items()}
 
 
-def plot_recall(curves: Tensor, stages: Sequence[int], shortlist_sizes: Sequence[int], title: str, path: Path) -> None:
+def plot_recall(curves: Mapping[int, Tensor], shortlist_sizes: Mapping[int, int], title: str, path: Path) -> None:
     """A line for each classification; a dot where the shortlist for the next stage is cut.
 
     Args:
         curves: as `recall_curves` gives them.
-        stages: after which stage each classification comes.
-        shortlist_sizes: of all classifications but the last.
+        shortlist_sizes: by stage, of all classifications but the last.
     """
-    m = torch.arange(1, curves.shape[1] + 1)
+    m = torch.arange(1, len(next(iter(curves.values()))) + 1)
     with figure(path, 1, 1, (7, 5), title) as axes:
         axis = axes[0, 0]
-        for i, (curve, stage, color) in enumerate(zip(curves, stages, LINES, strict=False)):
-            label = f"after stage {stage}, top-1 {curve[0]:.1%}"
-            if i < len(shortlist_sizes):
-                size = shortlist_sizes[i]
+        for stage, curve in curves.items():
+            color, label = STAGE_COLORS[stage], f"after stage {stage}, top-1 {curve[0]:.1%}"
+            if stage in shortlist_sizes:
+                size = shortlist_sizes[stage]
                 label += f", {curve[size - 1]:.1%} on the shortlist of {size}"
                 axis.plot(size, 100 * curve[size - 1], "o", color=color, markersize=6, zorder=3)
             axis.plot(m, 100 * curve, color=color, linewidth=1.6, label=label)

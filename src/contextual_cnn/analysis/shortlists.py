@@ -15,21 +15,15 @@ from contextual_cnn.contracts import StagedScores
 _BARS = 10
 
 
-def plot_shortlists(
-    images: Images, scores: StagedScores, stages: Sequence[int], classes: Sequence[str], path: Path
-) -> None:
-    """A row for each image, a column for each classification: its best classes, by what becomes of them.
-
-    Args:
-        stages: after which stage each classification comes.
-    """
+def plot_shortlists(images: Images, scores: StagedScores, classes: Sequence[str], path: Path) -> None:
+    """A row for each image, a column for each classification: its best classes, by what becomes of them."""
     title = "The best classes after each stage: which go on the shortlist for the next stage's context"
-    with figure(path, len(images.names), 1 + len(stages), (2.7, 2.7), title) as axes:
+    with figure(path, len(images.names), 1 + len(scores.stages), (2.7, 2.7), title) as axes:
         for b, row in enumerate(axes):
             label = images.labels[b]
             show_image(row[0], images.pixels[b], f"true: {short(classes[label])}" if label is not None else "")
             kept = [set(shortlist[b].tolist()) for shortlist in scores.shortlists]
-            for i, (axis, stage) in enumerate(zip(row[1:], stages, strict=True)):
+            for i, (axis, stage) in enumerate(zip(row[1:], scores.stages, strict=True)):
                 fates = kept[i:]
                 count = f"keeps {len(fates[0])}" if fates else "decides"
                 axis.set_title(f"after stage {stage}: {count}", fontsize=9)

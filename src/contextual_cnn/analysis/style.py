@@ -23,6 +23,7 @@ STYLE = {
 # Okabe and Ito's palette; a true class is orange in every figure
 TRUE, KEPT, FADING, DROPPED = "#E69F00", "#0072B2", "#56B4E9", "#BBBBBB"
 LINES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
+STAGE_COLORS = dict(enumerate(LINES, start=1))  # in every figure that has lines of several stages
 DIVERGING = "PuOr_r"
 _LETTERS_PER_INCH = 11  # of a title
 

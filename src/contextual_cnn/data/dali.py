@@ -16,7 +16,7 @@ from contextual_cnn.data.augmentation import ATTEMPTS, Augmentation, draw
 from contextual_cnn.data.bad_images import BadImages, blank_if_bad, first_usable
 from contextual_cnn.data.on_device import augment, normalise
 from contextual_cnn.data.randaugment.policy import fill_color
-from contextual_cnn.data.resize import BatchResize
+from contextual_cnn.data.resize import BatchResize, Interpolation
 from contextual_cnn.data.sampler import TrainSampler, evaluation_batches
 from contextual_cnn.data.sources import ImageSource
 from contextual_cnn.errors import UserError
@@ -39,6 +39,7 @@ except ImportError as error:
 # Types and dimensions of what the training source hands over
 _CROP_INPUTS = [(types.UINT8, 1), (types.INT64, 0), *[(types.FLOAT, 1)] * 3]  # encoded image, target, crop
 _FLIP_INPUT = (types.INT32, 0)
+_INTERPOLATIONS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 _BLANK = np.frombuffer(b"P6 1 1 255\n\0\0\0", np.uint8)  # a black PPM, seen instead of an image that cannot be used
 
 
@@ -49,6 +50,7 @@ def train_batches(
     bad: BadImages,
     *,
     image_size: int,
+    interpolation: Interpolation,
     mean: Sequence[float],
     std: Sequence[float],
     threads: int,
@@ -95,7 +97,8 @@ def train_batches(
             image_size=image_size,
             layers=policy.layers if policy is not None else 0,
             fill=fill_color(mean),
-            interpolation=augmentation.interpolation,
+            interpolation=interpolation,
+            ops_interpolation=augmentation.interpolation,
             normalisation=_normalise_arguments(mean, std) if not on_device else None,
             on=device.type,
             batch_size=sampler.plan.micro_batch,
@@ -123,6 +126,7 @@ class EvaluationBatches:
         batch_size: int,
         image_size: int,
         crop_pct: float,
+        interpolation: Interpolation,
         mean: Sequence[float],
         std: Sequence[float],
         threads: int,
@@ -154,6 +158,7 @@ class EvaluationBatches:
                 lambda info: feed[first + info.iteration],
                 image_size=image_size,
                 resize_size=int(image_size / crop_pct),
+                interpolation=interpolation,
                 normalisation=_normalise_arguments(mean, std),
                 on=device.type,
                 batch_size=batch_size,
@@ -177,7 +182,8 @@ def _train_pipeline(
     image_size: int,
     layers: int,
     fill: tuple[int, ...],
-    interpolation: str,
+    interpolation: Interpolation,
+    ops_interpolation: str,
     normalisation: dict | None,
     on: str,
 ):
@@ -194,12 +200,12 @@ def _train_pipeline(
         ndim=[ndim for _, ndim in inputs],
     )
     images = _decode_crop(encoded, heights, widths, place, ratio, on)
-    images = _resize(images, types.Constant([image_size, image_size], dtype=types.FLOAT), on)
+    images = _resize(images, types.Constant([image_size, image_size], dtype=types.FLOAT), interpolation, on)
     if normalisation is not None:
         flip, *ops = drawn
         if layers:
             images = dali_ops.apply_ops(
-                images, ops, layers, size=image_size, fill=fill, interpolation=interpolation, on=on
+                images, ops, layers, size=image_size, fill=fill, interpolation=ops_interpolation, on=on
             )
         images = fn.crop_mirror_normalize(images, mirror=flip, **normalisation)
     return images, target
@@ -220,7 +226,9 @@ def _finish_on_device(
 
 
 @pipeline_def
-def _evaluation_pipeline(source: Callable, *, image_size: int, resize_size: int, normalisation: dict, on: str):
+def _evaluation_pipeline(
+    source: Callable, *, image_size: int, resize_size: int, interpolation: Interpolation, normalisation: dict, on: str
+):
     encoded, target = fn.external_source(
         source, num_outputs=2, batch=True, batch_info=True, dtype=[types.UINT8, types.INT64], ndim=[1, 0]
     )
@@ -230,7 +238,7 @@ def _evaluation_pipeline(source: Callable, *, image_size: int, resize_size: int,
     resized = [dali_math.floor(side * float(resize_size) / shorter) for side in (height, width)]
     start = [_half_to_even(side - float(image_size)) for side in resized]
     images = fn.decoders.image(encoded, **_decoder_arguments(on))
-    images = _resize(images, fn.stack(*resized), on)
+    images = _resize(images, fn.stack(*resized), interpolation, on)
     images = fn.slice(
         images,
         start=fn.cast(fn.stack(*start), dtype=types.INT32),
@@ -325,16 +333,16 @@ def _random_crop(height, width, heights, widths, place, ratio: Sequence[float]):
     return fn.cast(fn.stack(*anchor), dtype=types.INT32), fn.cast(fn.stack(crop_height, crop_width), dtype=types.INT32)
 
 
-def _resize(images, size, on: str):
-    """Bicubic and antialiased. DALI's own takes a CPU five times as long, and is further away from Pillow.
+def _resize(images, size, interpolation: Interpolation, on: str):
+    """Antialiased. DALI's own takes a CPU five times as long, and is further away from Pillow.
 
     Args:
         size: height and width, whole numbers as float32.
     """
     if on == "cuda":
-        return fn.resize(images, size=size, interp_type=types.INTERP_CUBIC, subpixel_scale=False)
+        return fn.resize(images, size=size, interp_type=_INTERPOLATIONS[interpolation], subpixel_scale=False)
     size = fn.cast(size, dtype=types.INT32)
-    by_threads = BatchResize(Pipeline.current().num_threads)
+    by_threads = BatchResize(Pipeline.current().num_threads, interpolation)
     flat = fn.python_function(images, size, function=by_threads, batch_processing=True)
     return fn.reshape(flat, shape=fn.cat(size, types.Constant([3], dtype=types.INT32)), layout="HWC")
 

@@ -12,6 +12,7 @@ import numpy as np
 from contextual_cnn.contracts import Batch
 from contextual_cnn.data.augmentation import Augmentation
 from contextual_cnn.data.bad_images import BadImages
+from contextual_cnn.data.resize import Interpolation
 from contextual_cnn.data.sampler import BatchPlan, ShardWindows, TrainSampler
 from contextual_cnn.data.sources import ImageSource, Layout, find_layout, open_source, read_exclude_list
 from contextual_cnn.distributed import World
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# What the absence of a key means in the config of a run that was started before there was the key
+LATER_KEYS = {"interpolation": "bicubic"}
 _SPLITS = ("train", "val")
 
 
@@ -36,6 +39,7 @@ class ImageData:
         limit: so many images of each split, spread evenly over it, to try something out; None takes all.
         image_size: side of the model's input, in pixels.
         crop_pct: evaluation resizes the shorter side to image_size / crop_pct, then crops the centre.
+        interpolation: of the resize, of an evaluation's images and of training crops (paper and timm: bicubic).
         mean, std: of the normalisation, for values in 0..1.
         threads: decoding threads (or workers) per process; None takes the process's share of the cores, at most 8.
         prefetch: batches that the pipeline is ahead.
@@ -49,6 +53,9 @@ class ImageData:
         on_bad_image: "skip" names an image that cannot be read or decoded in the log, puts another in its place while
             training and counts it as wrong in an evaluation; "stop" ends the run.
         max_bad_images: different ones that a process may meet from its start on, training and evaluation together.
+
+    Attributes:
+        pixels: mean, std, crop_pct and interpolation, in which weights of other origin may have been trained otherwise.
 
     Raises:
         UserError: what is not there, or not as it should be.
@@ -65,6 +72,7 @@ class ImageData:
         limit: int | None = None,
         image_size: int = 224,
         crop_pct: float = 0.875,
+        interpolation: Interpolation = "bicubic",
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
         threads: int | None = None,
@@ -107,7 +115,8 @@ class ImageData:
         self.classes = classes
         self.repeats, self.shuffle_shards = repeats, shuffle_shards
         self.image_size, self.crop_pct, self.eval_batch_size = image_size, crop_pct, eval_batch_size
-        self._image = dict(image_size=image_size, mean=mean, std=std)
+        self._image = dict(image_size=image_size, interpolation=interpolation, mean=mean, std=std)
+        self.pixels = dict(mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
         self._threads, self._prefetch, self._randaugment_on = threads, prefetch, randaugment_on
         self.loader = loader
         self.bad_images = BadImages(on_bad_image, max_bad_images)

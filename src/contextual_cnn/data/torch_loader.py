@@ -28,7 +28,7 @@ from contextual_cnn.data.on_device import augment, normalise
 from contextual_cnn.data.randaugment import pil_ops
 from contextual_cnn.data.randaugment.policy import Op, fill_color
 from contextual_cnn.data.reader import read_image
-from contextual_cnn.data.resize import resize
+from contextual_cnn.data.resize import Interpolation, resize
 from contextual_cnn.data.sampler import TrainSampler, evaluation_batches
 from contextual_cnn.data.sources import ImageSource
 from contextual_cnn.errors import UserError
@@ -41,6 +41,7 @@ def train_batches(
     bad: BadImages,
     *,
     image_size: int,
+    interpolation: Interpolation,
     mean: Sequence[float],
     std: Sequence[float],
     threads: int,
@@ -51,7 +52,8 @@ def train_batches(
     """As `dali.train_batches`. threads: worker processes."""
     on_device = augmentation.policy is not None and randaugment_on == "device"
     fill = fill_color(mean)
-    make = partial(_make_training_batch, images, sampler, augmentation, image_size, None if on_device else fill)
+    workers_fill = None if on_device else fill
+    make = partial(_make_training_batch, images, sampler, augmentation, image_size, interpolation, workers_fill)
     loader = _loader(make, count(), threads, prefetch, device)
     for n, (pixels, targets, replaced) in enumerate(_on_device(loader, bad, device)):
         if on_device:
@@ -74,6 +76,7 @@ class EvaluationBatches:
         batch_size: int,
         image_size: int,
         crop_pct: float,
+        interpolation: Interpolation,
         mean: Sequence[float],
         std: Sequence[float],
         threads: int,
@@ -83,7 +86,7 @@ class EvaluationBatches:
         self.images = len(images)
         shares = list(evaluation_batches(len(images), batch_size, rank, world_size))
         # For its prefetching loader timm leaves the normalisation to the device; so do we
-        transform = create_transform(image_size, interpolation="bicubic", crop_pct=crop_pct, use_prefetcher=True)
+        transform = create_transform(image_size, interpolation=interpolation, crop_pct=crop_pct, use_prefetcher=True)
         make = partial(_make_evaluation_batch, images, shares, transform)
         self._mean, self._std, self._device, self._bad = mean, std, device, bad
         self._loader = _loader(make, range(len(shares)), threads, prefetch, device)
@@ -108,6 +111,7 @@ def _make_training_batch(
     sampler: TrainSampler,
     augmentation: Augmentation,
     size: int,
+    interpolation: Interpolation,
     fill: tuple[int, ...] | None,
     n: int,
 ) -> _Made:
@@ -118,7 +122,7 @@ def _make_training_batch(
     targets = np.empty(len(batch.indices), np.int64)
     for i, wanted in enumerate(batch.indices):
         index, image = first_usable(sampler.candidates(n, i), partial(_decode, images), reports.append)
-        image = _crop(image, draws, i, augmentation, size)
+        image = _crop(image, draws, i, augmentation, size, interpolation)
         pixels[i] = image if fill is None else _augment(image, draws, i, augmentation, fill)
         targets[i] = images.targets[index]
         replaced += int(index != wanted)
@@ -201,10 +205,12 @@ def _decode_jpeg(encoded: bytes) -> np.ndarray:
     return decode_jpeg(torch.from_numpy(np.frombuffer(encoded, np.uint8).copy())).permute(1, 2, 0).numpy()
 
 
-def _crop(image: np.ndarray, draws: Draws, i: int, augmentation: Augmentation, size: int) -> np.ndarray:
+def _crop(
+    image: np.ndarray, draws: Draws, i: int, augmentation: Augmentation, size: int, interpolation: Interpolation
+) -> np.ndarray:
     """(size, size, 3) uint8."""
     top, left, height, width = crop_box(draws, i, *image.shape[:2], augmentation.ratio)
-    return resize(image[top : top + height, left : left + width], size, size)
+    return resize(image[top : top + height, left : left + width], size, size, interpolation)
 
 
 def _augment(pixels: np.ndarray, draws: Draws, i: int, augmentation: Augmentation, fill: tuple[int, ...]) -> np.ndarray:

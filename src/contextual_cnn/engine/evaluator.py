@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from contextual_cnn.contracts import Batch, StagedScores, is_considered
+from contextual_cnn.contracts import Batch, StagedScores, is_considered, stage_name
 from contextual_cnn.distributed import World
 from contextual_cnn.engine.metrics import Sums, stage_hits, top_hits
 from contextual_cnn.models import ContextualModel
@@ -43,7 +43,7 @@ def evaluate(
             order.
 
     Returns:
-        By name: top1, top5, recall_stage1.. in percent, loss (cross-entropy of the final logits, over the images
+        By name: top1, top5, recall_stageS in percent, loss (cross-entropy of the final logits, over the images
         whose class no stage has dropped), images, bad_images (of them; they count as wrong), seconds and
         images_per_second of the whole pass.
 
@@ -99,7 +99,7 @@ def _loss(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor
 
 def _names(model: nn.Module) -> list[str]:
     """What is summed for a model; a rank may have no image at all."""
-    shortlists = len(model.shortlist_sizes) if isinstance(model, ContextualModel) else 0
+    stages = model.shortlist_sizes if isinstance(model, ContextualModel) else ()
     return [
         "images",
         "bad_images",
@@ -107,7 +107,7 @@ def _names(model: nn.Module) -> list[str]:
         "considered",
         "top1",
         "top5",
-        *(f"recall_stage{i + 1}" for i in range(shortlists)),
+        *(stage_name("recall", stage) for stage in stages),
     ]
 
 

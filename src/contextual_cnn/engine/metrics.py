@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from contextual_cnn.contracts import StagedScores
+from contextual_cnn.contracts import StagedScores, stage_name
 from contextual_cnn.distributed import all_reduce_sum
 
 
@@ -38,14 +38,14 @@ class Sums:
 
 
 def stage_hits(scores: StagedScores, labels: Tensor) -> dict[str, Tensor]:
-    """How many images' true class is still on the shortlist after each stage: recall_stage1 .. as counts.
+    """How many images' true class is on the shortlist that each stage hands on: recall_stageS as counts.
 
     Args:
         labels: (B,) int64.
     """
     return {
-        f"recall_stage{i}": (shortlist == labels.unsqueeze(1)).any(dim=1).sum()
-        for i, shortlist in enumerate(scores.shortlists, start=1)
+        stage_name("recall", stage): (shortlist == labels.unsqueeze(1)).any(dim=1).sum()
+        for stage, shortlist in zip(scores.stages[:-1], scores.shortlists, strict=True)
     }
 
 

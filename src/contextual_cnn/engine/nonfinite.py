@@ -45,9 +45,9 @@ def explain_nonfinite(
         evidence["losses"] = {name: float(part) for name, part in loss.parts.items()}
         _save(evidence, folder / f"step_{step + 1}_rank_{world.rank}.pt")
     sums = all_reduce_sum(torch.stack(list(parts.values()))).tolist()
-    losses = " ".join(f"{value:.3g}" for value in sums)
+    losses = ", ".join(f"{name} {value:.3g}" for name, value in zip(parts, sums, strict=True))
     where = f"loss not finite on rank {', '.join(map(str, bad_ranks))}" if bad_ranks else "finite loss"
-    return f"{where}, summed losses of the stages {losses}, lr {lr:.3g}; batch in {folder}"
+    return f"{where}, summed losses by stage: {losses}; lr {lr:.3g}; batch in {folder}"
 
 
 def _save(evidence: dict[str, Any], path: Path) -> None:

@@ -6,6 +6,7 @@ from datetime import timedelta
 
 from rich.console import Console
 
+from contextual_cnn.contracts import by_stage
 from contextual_cnn.data.process_pool import progress_bar
 
 log = logging.getLogger(__name__)
@@ -13,13 +14,12 @@ log = logging.getLogger(__name__)
 
 def describe(metrics: dict[str, float]) -> str:
     """A log step in one line: losses, recall per stage, lr, speed, most memory of the GPU (or the process's)."""
-    stages = [value for name, value in metrics.items() if name.startswith("train/loss_stage")]
-    recalls = [value for name, value in metrics.items() if name.startswith("train/recall_stage")]
+    losses, recalls = by_stage(metrics, "train/loss"), by_stage(metrics, "train/recall")
     parts = [f"loss {metrics['train/loss']:.3f}"]
-    if len(stages) > 1:
-        parts[0] += f" ({' '.join(f'{value:.2f}' for value in stages)})"
+    if len(losses) > 1:
+        parts[0] += f" ({_list(losses, '.2f')})"
     if recalls:
-        parts.append(f"recall {' '.join(f'{value:.0f}' for value in recalls)} %")
+        parts.append(f"recall {_list(recalls, '.0f')} %")
     parts.append(f"lr {metrics['train/lr']:.2e}")
     parts.append(f"{metrics['train/images_per_second']:.3g} img/s")
     parts.append(f"data wait {metrics['train/data_wait']:.0f} %")
@@ -31,10 +31,14 @@ def describe(metrics: dict[str, float]) -> str:
 def describe_evaluation(reports: dict[str, dict[str, float]]) -> str:
     """An evaluation in one line: accuracy of each set of weights, recall per stage and speed of the raw ones."""
     parts = [f"{name} top-1 {report['top1']:.2f} top-5 {report['top5']:.2f}" for name, report in reports.items()]
-    recalls = [f"{value:.0f}" for name, value in reports["raw"].items() if name.startswith("recall")]
-    if recalls:
-        parts.append(f"recall {' '.join(recalls)} %")
+    if recalls := by_stage(reports["raw"], "recall"):
+        parts.append(f"recall {_list(recalls, '.0f')} %")
     return ", ".join([*parts, f"{reports['raw']['images_per_second']:.3g} img/s"])
+
+
+def _list(values: dict[int, float], spec: str) -> str:
+    """s3 2.46 s4 1.45: the values after stages 3 and 4."""
+    return " ".join(f"s{stage} {value:{spec}}" for stage, value in values.items())
 
 
 class ProgressDisplay:

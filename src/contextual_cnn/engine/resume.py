@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from contextual_cnn.data.image_data import LATER_KEYS
 from contextual_cnn.data.sampler import BatchPlan
 from contextual_cnn.engine.checkpoint_store import CheckpointStore
 from contextual_cnn.errors import UserError
@@ -109,7 +110,7 @@ def _report_batches(before: tuple[int, int], plan: BatchPlan) -> None:
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    old, new = _flatten(before), _flatten(now)
+    old, new = (_flatten({"data": LATER_KEYS}) | _flatten(config) for config in (before, now))
     return [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())

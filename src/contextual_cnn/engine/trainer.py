@@ -12,6 +12,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import distribute_bn
 from torch import nn
 
+from contextual_cnn.contracts import by_stage
 from contextual_cnn.data import Augmentation, ImageData
 from contextual_cnn.data.augmentation import BatchAugmentation
 from contextual_cnn.data.sampler import BatchPlan
@@ -276,14 +277,14 @@ class Trainer:
 
     def _warn_of_collapse(self, report: dict[str, float]) -> None:
         """A staged loss can fall by losing targets; a shortlist no better than a random one shows it."""
-        counts = getattr(self.train_step.module, "shortlist_sizes", ())
-        for i, count in enumerate(counts, start=1):
-            recall, chance = report[f"recall_stage{i}"], 100 * count / self.data.num_classes
+        counts = getattr(self.train_step.module, "shortlist_sizes", {})
+        for stage, recall in by_stage(report, "recall").items():
+            chance = 100 * counts[stage] / self.data.num_classes
             if recall < 1.1 * chance and chance < 90:
                 log.warning(
                     "the shortlist after stage %d holds the true class in %.1f %% of the val images, "
                     "a random one would in %.1f %%",
-                    *(i, recall, chance),
+                    *(stage, recall, chance),
                 )
 
     def _state(self) -> dict[str, Any]:

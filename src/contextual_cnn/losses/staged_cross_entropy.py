@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from contextual_cnn.contracts import StagedLoss, StagedScores, is_considered
+from contextual_cnn.contracts import StagedLoss, StagedScores, is_considered, stage_name
 from contextual_cnn.errors import UserError
 
 Reduction = Literal["considered", "batch"]
@@ -37,10 +37,11 @@ class StagedCrossEntropy(nn.Module):
         self.reduction = reduction
 
     def forward(self, scores: StagedScores, targets: Tensor) -> StagedLoss:
-        """Scores of every stage, and (B,) classes or (B, N) probabilities -> total and loss_stage1 .. loss_stageS."""
+        """Scores of every stage, and (B,) classes or (B, N) probabilities -> total, and each stage's as loss_stageS."""
         losses = [self._stage_loss(logits, targets) for logits in scores.logits]
         total = self.alpha * sum(losses[:-1]) + losses[-1]
-        return StagedLoss(total, {f"loss_stage{i}": loss.detach() for i, loss in enumerate(losses, start=1)})
+        named = zip(scores.stages, losses, strict=True)
+        return StagedLoss(total, {stage_name("loss", stage): loss.detach() for stage, loss in named})
 
     def _stage_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         logits = logits.float()

@@ -91,4 +91,4 @@ def describe(model: nn.Module) -> str:
     text = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {model.num_classes} classes"
     if not isinstance(model, ContextualModel):
         return text
-    return f"{text} -> {' -> '.join(map(str, model.shortlist_sizes))}, selection {model.selection}"
+    return f"{text} -> {' -> '.join(map(str, model.shortlist_sizes.values()))}, selection {model.selection}"

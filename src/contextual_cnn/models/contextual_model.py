@@ -19,7 +19,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from contextual_cnn.contracts import StagedScores
+from contextual_cnn.contracts import STAGES, StagedScores
 from contextual_cnn.models.class_context import (
     ClassEmbeddings,
     Merging,
@@ -32,7 +32,6 @@ from contextual_cnn.models.class_context import (
 from contextual_cnn.models.contextual_conv import WITHOUT_CONTEXT
 
 Selection = Literal["rerank", "reduce"]
-STAGES = 4
 
 
 class ContextualBlock(nn.Module):
@@ -97,10 +96,9 @@ class ContextualModel(nn.Module):
         if not self.contextual_stages or sorted(set(contextual_stages) & {1, 2, 3, 4}) != list(contextual_stages):
             raise ValueError(f"contextual_stages must be some of 1, 2, 3, 4 in order, got {list(contextual_stages)}")
         channels = [info["num_chs"] for info in feature_info[-STAGES:]]
-        classified = [stage - 1 for stage in contextual_stages if stage > 1] + [STAGES]
         # Keyed by the stage that they follow or precede
         self.projections = nn.ModuleDict(
-            {str(i): Projection(channels[i - 1], embedding_dim, projection_norm) for i in classified}
+            {str(i): Projection(channels[i - 1], embedding_dim, projection_norm) for i in self.classified_stages}
         )
         self.mergings = nn.ModuleDict({str(i): Merging(embedding_dim) for i in contextual_stages})
         self.class_embeddings = ClassEmbeddings(classes, embedding_dim)
@@ -122,9 +120,14 @@ class ContextualModel(nn.Module):
         raise NotImplementedError
 
     @property
-    def shortlist_sizes(self) -> tuple[int, ...]:
-        """k of each classification but the last."""
-        return tuple(self.class_counts[stage - 2] for stage in self.contextual_stages if stage > 1)
+    def classified_stages(self) -> tuple[int, ...]:
+        """The stage that each classification follows: those before a contextual stage, and the last."""
+        return (*(stage - 1 for stage in self.contextual_stages if stage > 1), STAGES)
+
+    @property
+    def shortlist_sizes(self) -> dict[int, int]:
+        """k of each classification but the last, by the stage that it follows."""
+        return {stage: self.class_counts[stage - 1] for stage in self.classified_stages[:-1]}
 
     def forward(self, images: Tensor, staged: bool | None = None) -> StagedScores | Tensor:
         """(B, 3, H, W) -> the scores of every stage in training; dense (B, N) logits in eval, as any timm model.
@@ -141,9 +144,9 @@ class ContextualModel(nn.Module):
 
     def forward_stages(self, images: Tensor) -> StagedScores:
         """(B, 3, H, W) -> logits of all classifications and the shortlists of all but the last."""
-        maps, between = self._run(images)
-        last = self._select(self.forward_head(maps[-1]), between.shortlists)
-        return StagedScores((*between.logits, last), between.shortlists)
+        maps, logits, shortlists = self._run(images)
+        last = self._select(self.forward_head(maps[-1]), shortlists)
+        return StagedScores((*logits, last), tuple(shortlists), self.classified_stages)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C, H/32, W/32), the map that the last stage classifies."""
@@ -183,7 +186,7 @@ class ContextualModel(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"the maps are NCHW, got output_fmt={output_fmt!r}")
         take, last = feature_take_indices(len(self.feature_info), indices)
-        maps, _ = self._run(x, last + 1 - self._stem_features if stop_early else STAGES)
+        maps, _, _ = self._run(x, last + 1 - self._stem_features if stop_early else STAGES)
         features = maps[1 - self._stem_features :]
         intermediates = [features[i] for i in take]
         return intermediates if intermediates_only else (maps[-1], intermediates)
@@ -211,11 +214,11 @@ class ContextualModel(nn.Module):
         """1 if the stem's map is one of the features."""
         return len(self.feature_info) - STAGES
 
-    def _run(self, images: Tensor, stages: int = STAGES) -> tuple[list[Tensor], StagedScores]:
+    def _run(self, images: Tensor, stages: int = STAGES) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Features -> scores -> shortlist -> context -> the next stage's features.
 
         Returns:
-            The maps of the stem and of so many stages, and the classifications between these stages.
+            The maps of the stem and of so many stages; logits and shortlists of the classifications between them.
         """
         maps, logits, shortlists = [self.forward_stem(images)], [], []
         for stage, blocks in enumerate(self.stage_blocks()[:stages], start=1):
@@ -229,7 +232,7 @@ class ContextualModel(nn.Module):
                 # sorted=False: the context is a mean, which has no order
                 best = logits[-1].detach().topk(self.class_counts[stage - 1], dim=1, sorted=False)
                 shortlists.append(best.indices)
-        return maps, StagedScores(tuple(logits), tuple(shortlists))
+        return maps, logits, shortlists
 
     def _context(self, stage: int, x: Tensor, shortlists: list[Tensor]) -> Tensor:
         """(B, E), merged from the classes that the stage considers; before stage 1 those are all."""
