@@ -33,6 +33,7 @@ from contextual_cnn.engine.trainer_settings import TrainerSettings
 from contextual_cnn.errors import Stopped, UserError
 from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.models import build_model, describe
+from contextual_cnn.models.preprocessing import warn_of_other_pixels
 from contextual_cnn.optim import build_optimizer, build_schedule
 from contextual_cnn.randomness import Purpose, seed_all
 
@@ -99,6 +100,7 @@ def train(
     torch.backends.cudnn.benchmark = True
     seed_all(Purpose.INITIAL_WEIGHTS, config["seed"])
     model = build_model(**config["model"]).to(world.device)
+    warn_of_other_pixels(model, config["model"].get("weights"), data.pixels)
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, plan.global_batch, **config["optimizer"])

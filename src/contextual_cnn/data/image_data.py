@@ -54,6 +54,9 @@ class ImageData:
             training and counts it as wrong in an evaluation; "stop" ends the run.
         max_bad_images: different ones that a process may meet from its start on, training and evaluation together.
 
+    Attributes:
+        pixels: mean, std, crop_pct and interpolation, in which weights of other origin may have been trained otherwise.
+
     Raises:
         UserError: what is not there, or not as it should be.
     """
@@ -113,6 +116,7 @@ class ImageData:
         self.repeats, self.shuffle_shards = repeats, shuffle_shards
         self.image_size, self.crop_pct, self.eval_batch_size = image_size, crop_pct, eval_batch_size
         self._image = dict(image_size=image_size, interpolation=interpolation, mean=mean, std=std)
+        self.pixels = dict(mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
         self._threads, self._prefetch, self._randaugment_on = threads, prefetch, randaugment_on
         self.loader = loader
         self.bad_images = BadImages(on_bad_image, max_bad_images)
