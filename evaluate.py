@@ -7,7 +7,6 @@ prediction is then made among the classes that are there, as those benchmarks do
 """
 
 import glob
-import json
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -18,27 +17,25 @@ import hydra
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from contextual_cnn import cli
 from contextual_cnn.checkpoint import find_checkpoint, has_checkpoint
 from contextual_cnn.cli import Group
-from contextual_cnn.contracts import by_stage
 from contextual_cnn.data import ImageData
 from contextual_cnn.data.resize import Interpolation
-from contextual_cnn.data.sources import ImageSource
 from contextual_cnn.distributed import World, process_group
 from contextual_cnn.engine.class_report import report_classes, write_class_report
+from contextual_cnn.engine.evaluation_report import differing_data, figures, write_report
+from contextual_cnn.engine.evaluation_tables import ranking, report_table
 from contextual_cnn.engine.evaluator import evaluate
 from contextual_cnn.engine.predictions import Predictions, PredictionTable, check_writable, write_predictions
-from contextual_cnn.engine.real_labels import RealAccuracy, read_real_labels, real_accuracy
-from contextual_cnn.engine.reliability import expected_calibration_error, wilson_interval
+from contextual_cnn.engine.real_labels import read_real_labels, real_accuracy
 from contextual_cnn.engine.run_folder import start_logging
 from contextual_cnn.engine.trainer_settings import TrainerSettings
 from contextual_cnn.errors import UserError
-from contextual_cnn.trained import describe_classes, load_model
+from contextual_cnn.trained import Trained, describe_classes, load_model
 
 log = logging.getLogger("contextual_cnn.evaluate")
 
@@ -90,7 +87,7 @@ def main(hydra_config: DictConfig) -> None:
         console = start_logging(world.is_main)
         reports = [_evaluate_checkpoint(path, config, world, console) for path in checkpoints]
         if world.is_main and len(reports) > 1:
-            console.print(_ranking(reports))
+            console.print(ranking(reports))
 
 
 def _evaluate_checkpoint(path: Path, config: dict[str, Any], world: World, console: Console) -> dict[str, Any]:
@@ -105,25 +102,29 @@ def _evaluate_checkpoint(path: Path, config: dict[str, Any], world: World, conso
     if not world.is_main:
         return report
     by_class = report_classes(source.targets, predictions.classes[:, 0].numpy(), data.num_classes)
-    report |= _reliability(predictions, source)
-    report |= {"mean_f1": 100 * float(by_class.f1[by_class.images > 0].mean())}
-    if labels is not None:
-        report |= _real_report(real_accuracy(labels, predictions))
-    report |= {
-        "weights": trained.weights,
-        "checkpoint": str(trained.path),
-        "data": str(data.root),
-        "loader": data.loader,
-        "step": trained.step,
-    }
-    _write_json(trained.path.parent, report)
-    console.print(_table(trained.config["model"]["name"], report))
+    real = real_accuracy(labels, predictions) if labels is not None else None
+    report |= figures(predictions, source, by_class, real) | _subject(trained, data)
+    console.print(report_table(trained.config["model"]["name"], report))
+    write_report(trained.path.parent, report)
     print(f"top-1 {report['top1']:.2f}")
     if config["predictions"] is not None:
         write_predictions(_file(config["predictions"]), predictions, source)
     if config["per_class"] is not None:
         write_class_report(_file(config["per_class"]), by_class, data.classes, describe_classes(data.classes))
     return report
+
+
+def _subject(trained: Trained, data: ImageData) -> dict[str, Any]:
+    """What was evaluated."""
+    return {
+        "weights": trained.weights,
+        "checkpoint": str(trained.path),
+        "step": trained.step,
+        "data": str(data.root),
+        "differences": differing_data(trained.own_data, trained.config["data"]),
+        "loader": data.loader,
+        "noise": data.is_noise,
+    }
 
 
 def _checkpoints(given: str) -> list[Path]:
@@ -180,69 +181,6 @@ def _classes_to_choose_from(data: ImageData) -> torch.Tensor:
 
 def _file(given: str) -> Path:
     return Path(given).expanduser()
-
-
-def _reliability(predictions: Predictions, source: ImageSource) -> dict[str, Any]:
-    """All in percent."""
-    hits = predictions.classes[:, 0] == torch.from_numpy(source.targets)
-    interval = wilson_interval(int(hits.sum()), len(hits))
-    error = expected_calibration_error(predictions.probabilities[:, 0], hits)
-    return {"top1_interval": [100 * end for end in interval], "calibration_error": 100 * error}
-
-
-def _real_report(real: RealAccuracy) -> dict[str, Any]:
-    return {
-        "real_top1": 100 * real.hits / real.images,
-        "real_top1_interval": [100 * end for end in wilson_interval(real.hits, real.images)],
-        "real_images": real.images,
-    }
-
-
-def _write_json(folder: Path, report: dict[str, Any]) -> None:
-    try:
-        (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
-    except OSError as error:
-        print(f"evaluation.json was not written: {error}")
-
-
-def _table(name: str, report: dict[str, Any]) -> Table:
-    table = Table(title=f"{name}, {report['weights']} weights of {report['checkpoint']}")
-    table.add_column("measure")
-    table.add_column("value", justify="right")
-    table.add_row("top-1", f"{report['top1']:.2f} %")
-    table.add_row("its 95 % confidence interval", _spell(report["top1_interval"]))
-    table.add_row("top-5", f"{report['top5']:.2f} %")
-    for stage, recall in by_stage(report, "recall").items():
-        table.add_row(f"true class on the shortlist after stage {stage}", f"{recall:.2f} %")
-    if "real_top1" in report:
-        table.add_row(f"top-1 by ReaL, {report['real_images']} images with a label", f"{report['real_top1']:.2f} %")
-        table.add_row("its 95 % confidence interval", _spell(report["real_top1_interval"]))
-    table.add_row("mean F1 of the classes", f"{report['mean_f1']:.2f} %")
-    table.add_row("cross-entropy", f"{report['loss']:.4f}")
-    table.add_row("calibration error (ECE, 15 bins)", f"{report['calibration_error']:.2f} %")
-    table.add_row("classes to choose from", f"{report['classes']}")
-    table.add_row("images, each counted once", f"{report['images']}")
-    if report["bad_images"]:
-        table.add_row("of them bad, counted as wrong", f"{report['bad_images']}")
-    table.add_row("images/s", f"{report['images_per_second']:.0f}")
-    table.add_row("loader", report["loader"])
-    return table
-
-
-def _ranking(reports: list[dict[str, Any]]) -> Table:
-    """The best first."""
-    table = Table(title=f"{len(reports)} checkpoints")
-    table.add_column("checkpoint", overflow="fold")
-    for name in ("weights", "top-1", "95 % interval", "top-5", "step"):
-        table.add_column(name, justify="right")
-    for report in sorted(reports, key=lambda report: report["top1"], reverse=True):
-        scores = (f"{report['top1']:.2f}", _spell(report["top1_interval"]), f"{report['top5']:.2f}")
-        table.add_row(report["checkpoint"], report["weights"], *scores, f"{report['step']}")
-    return table
-
-
-def _spell(interval: list[float]) -> str:
-    return f"{interval[0]:.2f} .. {interval[1]:.2f} %"
 
 
 if __name__ == "__main__":

@@ -227,7 +227,8 @@ def draw_recall(subject: Subject, path: Path) -> None:
     batches = subject.data.evaluation_batches(subject.world)
     curves = recall_curves((staged_scores(subject.model, batch.images), batch.targets) for batch in batches)
     sizes = subject.model.shortlist_sizes if isinstance(subject.model, ContextualModel) else {}
-    title = f"{subject.name}: recall after each stage, {batches.images} val images"
+    what = "images of NOISE" if subject.data.is_noise else "val images"
+    title = f"{subject.name}: recall after each stage, {batches.images} {what}"
     plot_recall(curves, sizes, title, path)
 
 

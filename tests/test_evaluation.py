@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -28,7 +29,8 @@ def evaluate(trained, tmp_path, *overrides):
     command = ["evaluate.py", f"checkpoint={trained}", "device=cpu", "weights=raw", *overrides]
     status, printed = run(*command, output=tmp_path / "output", COLUMNS="150")
     assert status == 0, printed
-    return json.loads((trained / "checkpoints" / "evaluation.json").read_text()), printed
+    (file,) = re.findall(r"^report: (.+)$", printed, re.MULTILINE)
+    return json.loads(Path(file).read_text()), printed
 
 
 def read_csv(file):
@@ -102,6 +104,18 @@ def test_a_benchmark_of_some_classes_is_predicted_among_these(trained, image_roo
         assert sum(float(row[f"probability{i}"]) for i in (1, 2, 3)) == pytest.approx(1, abs=1e-5)
     hits = sum(row["class1"] == row["target"] for row in rows)
     assert report["top1"] == pytest.approx(100 * hits / 9)
+
+
+def test_a_part_and_noise_leave_the_report_of_the_whole_alone(trained, tmp_path):
+    whole, printed = evaluate(trained, tmp_path)
+    assert (whole["images"], whole["differences"], whole["noise"]) == (18, {}, False)
+    assert "NOISE" not in printed
+    before = (trained / "checkpoints" / "evaluation.json").read_bytes()
+    part, printed = evaluate(trained, tmp_path, "data.limit=4", "data.mean=[0.5,0.5,0.5]", "data.loader=synthetic")
+    assert (part["images"], part["noise"]) == (4, True)
+    assert part["differences"] == {"limit": 4, "mean": [0.5, 0.5, 0.5], "loader": "synthetic"}
+    assert "NOISE" in printed.partition("measure")[0]
+    assert (trained / "checkpoints" / "evaluation.json").read_bytes() == before
 
 
 def test_a_machine_without_dali_evaluates_by_the_other_loader(trained, tmp_path):

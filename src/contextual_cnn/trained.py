@@ -24,7 +24,8 @@ class Trained:
 
     model: on the CPU, in eval mode.
     weights: "raw" or "ema".
-    config: of its training, with groups "model" and "data".
+    config: of its training, with groups "model" and "data"; "data" with what the caller has overridden.
+    own_data: the group as the training had it.
     """
 
     model: nn.Module
@@ -33,6 +34,7 @@ class Trained:
     step: int
     classes: tuple[str, ...]
     config: dict[str, Any]
+    own_data: dict[str, Any]
 
     @property
     def folder(self) -> Path:
@@ -66,14 +68,25 @@ def load_model(checkpoint: str, weights: str = "auto", data: Mapping[str, Any] |
     """
     path = find_checkpoint(checkpoint)
     state = load_checkpoint(path)
-    config = state["config"] | {"data": LATER_KEYS | state["config"]["data"] | dict(data or {})}
+    own_data = LATER_KEYS | state["config"]["data"]
+    config = state["config"] | {"data": _evaluated_data(own_data, data or {})}
     cli.check_config({key: config[key] for key in _SCHEMA}, _SCHEMA)  # a checkpoint's config is somebody's input too
     weights = state["best"]["weights"] if weights == "auto" else weights
     if weights == "ema" and state["ema"] is None:
         raise UserError("weights=ema, but the checkpoint holds no moving average", "weights=raw")
     model = build_model(**config["model"] | {"weights": None})
     model.load_state_dict(state["model" if weights == "raw" else "ema"])
-    return Trained(model.eval(), weights, path, state["step"], tuple(state["classes"]), config)
+    return Trained(model.eval(), weights, path, state["step"], tuple(state["classes"]), config, own_data)
+
+
+def _evaluated_data(own: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's own data, but a loader of noise is never inherited, nor a layout of noise by a folder that is given."""
+    real = {}
+    if own.get("loader") == "synthetic":
+        real["loader"] = "dali"
+    if own.get("layout") == "synthetic" and "root" in overrides:
+        real["layout"] = "auto"
+    return own | real | overrides
 
 
 def describe_classes(classes: tuple[str, ...]) -> dict[str, str]:

@@ -48,3 +48,13 @@ def test_a_limit_takes_images_from_all_over_each_split(image_root):
     assert len(ImageData(root=str(image_root), limit=100).sources["train"]) == 48
     with pytest.raises(UserError, match="limit"):
         ImageData(root=str(image_root), limit=0)
+
+
+@pytest.mark.parametrize(
+    ("loader", "layout", "warnings"), [("synthetic", "folders", 1), ("dali", "synthetic", 1), ("dali", "folders", 0)]
+)
+def test_noise_is_announced(image_root, loader, layout, warnings, caplog):
+    data = ImageData(root=str(image_root), loader=loader, layout=layout)
+    data.log_summary()
+    assert [record.levelname for record in caplog.records].count("WARNING") == warnings
+    assert data.is_noise == (warnings == 1)

@@ -125,6 +125,11 @@ class ImageData:
     def num_classes(self) -> int:
         return len(self.classes)
 
+    @property
+    def is_noise(self) -> bool:
+        """Whether there is nothing to see on the images: a figure of merit then says nothing about the model."""
+        return "synthetic" in (self.loader, self.layout)
+
     def log_summary(self) -> None:
         """Says what was found, once logging has started."""
         kind = {
@@ -141,6 +146,10 @@ class ImageData:
         unknown = sorted(name for name in self._excluded - self._left_out if not name.startswith(closed))
         if unknown:
             log.warning("data.exclude lists %d names that are not there, such as %s", len(unknown), unknown[0])
+
+        if self.is_noise:
+            key = "loader" if self.loader == "synthetic" else "layout"
+            log.warning("noise instead of images: data.%s=synthetic", key)
 
     def train_batches(
         self, plan: BatchPlan, augmentation: Augmentation, seed: int, world: World, first_step: int

@@ -26,7 +26,7 @@ def warn_of_other_pixels(model: nn.Module, weights: str | None, data: Mapping[st
     if weights is None or _is_of_a_run(Path(weights).expanduser()):
         return
     asked = model.pretrained_cfg
-    differing = [key for key, value in data.items() if _plain(asked[key]) != _plain(value)]
+    differing = [key for key, value in data.items() if key in asked and _plain(asked[key]) != _plain(value)]
     differences = [f"{key} {_typed(data[key])} instead of {_typed(asked[key])}" for key in differing]
     if asked.get("crop_mode", "center") != "center":
         differences.append(f"crop_mode center instead of {asked['crop_mode']} (not offered here)")

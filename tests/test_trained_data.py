@@ -32,3 +32,20 @@ def test_images_are_made_as_the_run_made_them(run, tmp_path):
 def test_a_checkpoint_from_before_data_interpolation_is_bicubic(run):
     assert "interpolation" not in load_checkpoint(run / "checkpoints" / "best.pt")["config"]["data"]
     assert load_model(str(run)).transform["interpolation"] == "bicubic"
+
+
+@pytest.mark.parametrize(
+    ("own", "overrides", "loader", "layout"),
+    [
+        ({"loader": "synthetic"}, {}, "dali", "auto"),
+        ({"loader": "synthetic"}, {"loader": "synthetic"}, "synthetic", "auto"),
+        ({"loader": "torch"}, {}, "torch", "auto"),
+        ({"layout": "synthetic"}, {}, "dali", "synthetic"),  # there is nothing else
+        ({"layout": "synthetic"}, {"root": "/data"}, "dali", "auto"),
+        ({"layout": "synthetic"}, {"root": "/data", "layout": "synthetic"}, "dali", "synthetic"),
+    ],
+)
+def test_noise_is_not_inherited(run, tmp_path, own, overrides, loader, layout):
+    given = load_model(trained_with(run, tmp_path, **{"loader": "dali", "layout": "auto"} | own), data=overrides)
+    assert (given.config["data"]["loader"], given.config["data"]["layout"]) == (loader, layout)
+    assert given.own_data.items() >= own.items()
