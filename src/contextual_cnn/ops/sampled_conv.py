@@ -90,6 +90,15 @@ def choose(wanted: str, device_type: str, dtype: torch.dtype) -> str:
     return wanted
 
 
+def implementation_on(device: torch.device) -> str:
+    """cpp, triton or torch: who computes a model's float32 and bfloat16 maps on this device, in this process.
+
+    Raises:
+        UserError: CONTEXTUAL_CNN_OPS names what cannot.
+    """
+    return choose(_wanted("auto"), device.type, torch.float32)
+
+
 def _triton_runs_on(device_type: str) -> bool:
     return device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
