@@ -26,7 +26,7 @@ from contextual_cnn.distributed import World
 GRAIN = 16  # standard deviation, in levels
 
 
-def compare_loaders(arguments: argparse.Namespace) -> dict:
+def compare_loaders(arguments: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     """Our loader and timm's on the same JPEGs: the whole recipe but mixing, and crop and flip alone."""
     recipes = {
         "full recipe": Augmentation(),
@@ -34,7 +34,8 @@ def compare_loaders(arguments: argparse.Namespace) -> dict:
     }
     with tempfile.TemporaryDirectory() as folder:
         root = write_photos(Path(folder), images=512)
-        return {name: _compare_loaders(root, augmentation, arguments) for name, augmentation in recipes.items()}
+        for name, augmentation in recipes.items():
+            yield name, _compare_loaders(root, augmentation, arguments)
 
 
 def write_photos(root: Path, images: int) -> Path:

@@ -2,6 +2,8 @@
 
 python scripts/gpu_check.py [--device cuda] [--quick] [--output FILE]
 
+A line with each check as it is made, and the whole report at the end.
+
 Needs torch, triton, timm and this package on the path; no Hydra, no W&B, no DALI.
 """
 
@@ -16,11 +18,11 @@ import torch
 from torch import Tensor
 
 from contextual_cnn.contracts import StagedScores
-from contextual_cnn.engine.environment import environment, print_report
+from contextual_cnn.engine.environment import Report, environment
 from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.models import build_model
 from contextual_cnn.ops import contextual_conv2d
-from contextual_cnn.ops.sampled_conv import choose
+from contextual_cnn.ops.sampled_conv import implementation_on
 from contextual_cnn.optim import build_optimizer
 
 STAGES = {"stage 2": (192, 28), "stage 3": (384, 14), "stage 4": (768, 7)}
@@ -35,21 +37,24 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    checks = [
-        *precision(arguments.device, arguments.quick),
-        timed("same bits every time", lambda: determinism(arguments.device)),
-        timed("compiles whole, training", lambda: compilation(arguments.device, training=True)),
-        timed("compiles whole, evaluation", lambda: compilation(arguments.device, training=False)),
-        timed("twenty steps of training", lambda: training(arguments.device)),
-    ]
-    report = {
-        "implementation": choose("auto", torch.device(arguments.device).type, torch.float32),
-        "environment": environment(),
-        "passed": all(check["passed"] for check in checks),
-        "checks": checks,
-    }
-    print_report(report, arguments.output)
-    sys.exit(0 if report["passed"] else 1)
+    checks = []
+    found = dict(implementation=implementation_on(torch.device(arguments.device)), environment=environment())
+    report = Report(arguments.output, **found, passed=False, checks=checks)
+    for check in all_checks(arguments.device, arguments.quick):
+        checks.append(check)
+        report.add(check, checks=checks)
+    passed = all(check["passed"] for check in checks)
+    report.finish(passed=passed)
+    sys.exit(0 if passed else 1)
+
+
+def all_checks(device: str, quick: bool) -> Iterator[dict]:
+    """Made one by one, as they are asked for."""
+    yield from precision(device, quick)
+    yield timed("same bits every time", lambda: determinism(device))
+    yield timed("compiles whole, training", lambda: compilation(device, training=True))
+    yield timed("compiles whole, evaluation", lambda: compilation(device, training=False))
+    yield timed("twenty steps of training", lambda: training(device))
 
 
 def timed(name: str, check: Callable[[], dict]) -> dict:

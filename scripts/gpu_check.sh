@@ -2,7 +2,8 @@
 # Everything that only a GPU can show, as JSON, in less than eight minutes: ./scripts/gpu_check.sh FOLDER
 #
 # Needs a python ($PYTHON, else python3) with torch, triton and timm; this checkout need not be installed.
-# The order is that of importance: whatever is cut off at the end is the least missed.
+# The order is that of importance: whatever is cut off at the end is the least missed. A part that takes too long is ended;
+# its file then holds what was finished, and "incomplete": true.
 set -uo pipefail
 folder=$(realpath -m "${1:?usage: gpu_check.sh FOLDER}")
 cd "$(dirname "$0")/.."
@@ -11,16 +12,20 @@ export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
 batch_sizes=${BATCH_SIZES:-"128 64 256"}
+limit=${LIMIT:-240} # seconds for each part
 failed=0
 
 run() { # name, command ...
     local name=$1
     shift
     echo "== $name" >&2
-    timeout 240 "$python" "$@" --device "$device" --output "$folder/$name.json" > "$folder/$name.log" 2>&1 || {
-        echo "   failed, see $folder/$name.log" >&2
-        failed=1
-    }
+    timeout --kill-after=10 "$limit" "$python" "$@" --device "$device" --output "$folder/$name.json" > "$folder/$name.log" 2>&1
+    case $? in
+        0) return ;;
+        124 | 137) echo "   incomplete after $limit s, $folder/$name.json has what was finished" >&2 ;;
+        *) echo "   failed, see $folder/$name.log" >&2 ;;
+    esac
+    failed=1
 }
 
 run checks scripts/gpu_check.py ${QUICK:+--quick}

@@ -2,7 +2,8 @@
 
 python scripts/tune_kernels.py [--batch-size 128] [--rounds 20] [--output FILE]
 
-JSON: for each kernel and layer the blocks from fastest to slowest, in milliseconds. What is best overall belongs into
+JSON: a line with each time, and at the end, for each kernel and layer, the blocks from fastest to slowest, in
+milliseconds. What is best overall belongs into
 `BLOCKS` of ops/sampled_conv_triton.py. Needs a GPU, torch and triton.
 """
 
@@ -18,7 +19,7 @@ from unittest import mock
 import torch
 from triton.runtime.errors import OutOfResources
 
-from contextual_cnn.engine.environment import environment, print_report
+from contextual_cnn.engine.environment import Report, environment
 from contextual_cnn.ops import sampled_conv_triton as kernels
 
 STAGES = {"stage 2": (192, 28), "stage 3": (384, 14), "stage 4": (768, 7)}  # channels, side
@@ -35,22 +36,27 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     stages = {"small": (16, 2)} if arguments.quick else STAGES
-    results = {stage: tune_layer(*size, arguments) for stage, size in stages.items()}
-    print_report({"environment": environment(), "milliseconds": results}, arguments.output)
+    results: dict[str, dict] = {stage: {} for stage in stages}
+    report = Report(arguments.output, environment=environment(), milliseconds=results)
+    for stage, size in stages.items():
+        for kernel, blocks, taken in tune_layer(*size, arguments):
+            times = results[stage].get(kernel, {}) | {str(blocks): taken}
+            results[stage][kernel] = dict(sorted(times.items(), key=lambda item: item[1] or float("inf")))
+            report.add({"layer": stage, "kernel": kernel, **blocks, "milliseconds": taken}, milliseconds=results)
+    report.finish()
 
 
-def tune_layer(channels: int, side: int, arguments: argparse.Namespace) -> dict:
-    """Every kernel of one layer with every choice of blocks."""
+def tune_layer(
+    channels: int, side: int, arguments: argparse.Namespace
+) -> Iterator[tuple[str, dict[str, int], float | None]]:
+    """Every kernel of one layer with every choice of blocks: its name, the blocks, milliseconds."""
     calls = layer_calls(arguments.batch_size, channels, side, arguments.device)
-    results = {}
-    for name, call in calls.items():
-        choices = list(candidates(HATS if name == "gradient of x" else GATHERS))
-        timed = {}
+    for kernel, call in calls.items():
+        choices = list(candidates(HATS if kernel == "gradient of x" else GATHERS))
         for blocks in choices[:1] if arguments.quick else choices:
             with mock.patch.object(kernels, "BLOCKS", dataclasses.replace(kernels.BLOCKS, **blocks)):
-                timed[str(blocks)] = milliseconds(call, arguments)
-        results[name] = dict(sorted(timed.items(), key=lambda item: item[1] or float("inf")))
-    return results
+                taken = milliseconds(call, arguments)
+            yield kernel, blocks, taken
 
 
 def candidates(choices: dict[str, tuple[int, ...]]) -> Iterator[dict[str, int]]:

@@ -1,17 +1,103 @@
 """The scripts that measure: small, but the real thing, from the command line to the JSON."""
 
 import json
+import os
+import signal
+import subprocess
+import tempfile
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
+import timm
+import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.conftest import HAS_COMPILER, run_command, run_python
+from contextual_cnn.models import contextual_conv
+from tests import quick_start
+from tests.conftest import HAS_COMPILER, ROOT, run_command, run_python
+from tests.fake_cuda import run_under_autocast
 
 
-def report(*command, **options):
-    done = run_command(*command, **options)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def run(*command, **options) -> tuple[list[dict], dict]:
+    """The results that a script printed one by one, and the report in its file, which is the last that it printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = run_command(*command, "--output", f"{folder}/deep/report.json", **options)
+        assert done.returncode == 0, done.stderr
+        text = Path(folder, "deep", "report.json").read_text()
+    assert done.stdout.endswith(text)
+    return lines(done.stdout.removesuffix(text)), json.loads(text)
+
+
+def report(*command, **options) -> dict:
+    return run(*command, **options)[1]
+
+
+def lines(output: str) -> list[dict]:
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+
+def test_a_benchmark_that_is_killed_leaves_what_it_had(tmp_path):
+    output = tmp_path / "report.json"
+    size = ("--batch-size", "1", "--rounds", "1", "--output", str(output))
+    running = quick_start.Command("scripts/benchmark.py", "op", *size, output=tmp_path / "printed")
+    running.wait_until(lambda: output.exists() and "forward" in str(json.loads(output.read_text())["results"]))
+    running.send(signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL
+    left = json.loads(output.read_text())
+    assert left["incomplete"]
+    found = {(stage, what): result for stage, of in left["results"].items() for what, result in of.items()}
+    assert found["stage 2", "forward"]["milliseconds"]["contextual"] > 0
+    assert ("stage 4", "kept_for_backward_over_input") not in found
+    printed = [line for each in lines(running.printed) for line in each.items()]
+    assert printed[: len(found)] == [(" / ".join(place), result) for place, result in found.items()]
+
+
+def test_the_gpu_check_goes_on_where_a_part_takes_too_long(tmp_path):
+    """Of the parts there is a stand-in here, the first of which hangs when it has one result."""
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/usr/bin/env bash\n"
+        'while [[ $1 != --output ]]; do part+="$1 "; shift; done\n'
+        'echo \'{"checks": [1], "incomplete": true}\' > "$2"\n'
+        "[[ $part != scripts/gpu_check.py* ]] || exec sleep 1000\n"
+    )
+    python.chmod(0o755)
+    out = tmp_path / "out"
+    environment = os.environ | dict(PYTHON=str(python), LIMIT="1", BATCH_SIZES="8")
+    command = [ROOT / "scripts" / "gpu_check.sh", out]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    (incomplete,) = (line for line in done.stderr.splitlines() if "incomplete" in line)
+    assert str(out / "checks.json") in incomplete
+    assert json.loads((out / "checks.json").read_text())["checks"] == [1]
+    assert {"op-b8.json", "loss.json", "model-base-b8.json"} <= {path.name for path in out.iterdir()}
+
+
+def test_the_benchmark_of_the_convolution_gives_it_the_types_that_the_model_does(monkeypatch):
+    """On a GPU: bfloat16 maps, float32 positions."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import benchmark
+
+    given = []
+    real = contextual_conv.contextual_conv2d
+
+    def noted(x, weight, bias, **options):
+        tensors = {"x": x, "weight": weight, "bias": bias} | options
+        given.append({name: t.dtype for name, t in tensors.items() if isinstance(t, torch.Tensor)})
+        return real(x, weight, bias, **options)
+
+    monkeypatch.setattr(contextual_conv, "contextual_conv2d", noted)
+    with torch.device("meta"):
+        model = timm.create_model("contextual_convnext_tiny")
+    run_under_autocast(model)
+    with FakeTensorMode():
+        for device in ("cpu", "cuda"):
+            arguments = Namespace(batch_size=2, device=device, dtype=benchmark.default_dtype(device))
+            timed = {name: t.dtype for name, t in benchmark.layer_tensors(192, 28, arguments).items()}
+            assert timed["x"] == (torch.float32 if device == "cpu" else torch.bfloat16)
+    assert given == [timed] * 5
 
 
 def test_the_benchmark_of_a_model_times_it_beside_its_twin_and_the_released_formulation():
@@ -52,17 +138,19 @@ def test_what_runs_on_a_lent_gpu_needs_no_more_than_torch_triton_and_timm(comman
 @pytest.mark.skipif(not HAS_COMPILER, reason="inductor needs a C++ compiler")
 def test_the_gpu_check_passes_on_a_cpu():
     """Among others: inductor compiles the whole model without a graph break, and its gradients are the plain ones."""
-    found = report("scripts/gpu_check.py", "--device", "cpu", "--quick", timeout=580)
+    printed, found = run("scripts/gpu_check.py", "--device", "cpu", "--quick", timeout=580)
+    assert printed == found["checks"]
     assert found["passed"]
     assert {"compiles whole, training", "compiles whole, evaluation"} <= {check["check"] for check in found["checks"]}
 
 
 def test_the_kernels_can_be_tuned():
-    found = report(
+    printed, found = run(
         "scripts/tune_kernels.py", *("--device", "cpu", "--quick", "--rounds", "1", "--batch-size", "1"),
         TRITON_INTERPRET="1",
     )  # fmt: skip
     (layer,) = found["milliseconds"].values()
+    assert [line["kernel"] for line in printed] == list(layer)
     assert set(layer) == {"forward", "gradients of weights and offsets", "gradient of x"}
     assert all(time > 0 for choices in layer.values() for time in choices.values())
 

@@ -4,41 +4,23 @@ On a GPU this decides which kernels run. There need not be one: fake tensors hav
 them as real ones.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import get_args
 
 import pytest
 import timm
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
-from torch.nn.functional import layer_norm, linear
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from contextual_cnn.models.contextual_conv import Convolution, _Replacement, replace_convolution
 from tests.conftest import wake_up
+from tests.fake_cuda import run_under_autocast
 
 KINDS = [kind for kind in get_args(Convolution) if kind != "plain"]
 LAYERS = {"contextual_convnext_tiny": 5, "contextual_resnet50": 13}
 SAMPLING = {"contextual", "sampling_offsets", "without_prior", "deformable"}
 LOW = torch.bfloat16
-
-
-@contextmanager
-def cuda_autocast() -> Iterator[None]:
-    """What torch.autocast("cuda") switches on; it switches itself off where there is no CUDA."""
-    torch.set_autocast_enabled("cuda", True)
-    torch.set_autocast_dtype("cuda", LOW)
-    torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        torch.autocast_decrement_nesting()
-        torch.clear_autocast_cache()
-        torch.set_autocast_enabled("cuda", False)
 
 
 class SampledMaps(TorchDispatchMode):
@@ -64,16 +46,8 @@ def test_on_a_gpu_every_layer_computes_in_autocasts_type(name, kind):
     for layer in model.modules():
         if isinstance(layer, _Replacement):
             layer.register_forward_hook(lambda layer, inputs, output: given.append(output.dtype))
-    with FakeTensorMode():
-        state = {
-            key: torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda", requires_grad=tensor.requires_grad)
-            for key, tensor in model.state_dict(keep_vars=True).items()
-        }
-        images, weight = torch.empty(2, 3, 64, 64, device="cuda"), torch.empty(4, 64, device="cuda")
-        with cuda_autocast(), SampledMaps() as sampled:
-            assert linear(images, weight).dtype == LOW  # autocast is on, and does what it does on a GPU
-            assert layer_norm(images.to(LOW), (64,)).dtype == torch.float32
-            functional_call(model, state, (images,))
+    sampled = SampledMaps()
+    run_under_autocast(model, sampled)
     assert given == [LOW] * LAYERS[name]
     depthwise = "convnext" in name
     # A dense layer's static part is torchvision's operator, in float32; what is sampled is its weight offsets' part

@@ -252,6 +252,16 @@ def test_compiles_and_exports_whole():
     torch.testing.assert_close(torch.export.export(Layer(), inputs).module()(*inputs), expected)
 
 
+def test_one_call_tells_who_computes(implementation, monkeypatch):
+    cpu = torch.device("cpu")
+    assert sampled_conv.implementation_on(cpu) == implementation
+    monkeypatch.delenv("CONTEXTUAL_CNN_OPS")
+    assert sampled_conv.implementation_on(cpu) == ("cpp" if HAS_COMPILER else "torch")
+    monkeypatch.setenv("CONTEXTUAL_CNN_OPS", "fast")
+    with pytest.raises(UserError, match="CONTEXTUAL_CNN_OPS=fast"):
+        sampled_conv.implementation_on(cpu)
+
+
 def test_an_unknown_implementation_is_refused(monkeypatch):
     monkeypatch.setenv("CONTEXTUAL_CNN_OPS", "fast")
     with pytest.raises(UserError, match="CONTEXTUAL_CNN_OPS=fast"):

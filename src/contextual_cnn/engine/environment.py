@@ -38,13 +38,48 @@ def environment() -> dict[str, Any]:
     }
 
 
+class Report:
+    """A script's findings as JSON, on the terminal and in a file as they come.
+
+    A script that is stopped loses only what it was at: until the last finding the file holds "incomplete": true.
+
+    Args:
+        output: the file, if there is to be one; it is rewritten whole with each finding.
+        contents: the report's entries as far as they are known.
+    """
+
+    def __init__(self, output: Path | None, **contents: Any) -> None:
+        self._output, self._contents = output, contents
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+        self._write(contents | {"incomplete": True})
+
+    def add(self, finding: dict[str, Any], **contents: Any) -> None:
+        """Prints one line. contents: the entries that it belongs to, as they are now."""
+        print(json.dumps(finding), flush=True)
+        self._contents |= contents
+        self._write(self._contents | {"incomplete": True})
+
+    def finish(self, **contents: Any) -> None:
+        """Prints the whole."""
+        self._contents |= contents
+        print(json.dumps(self._contents, indent=2), flush=True)
+        self._write(self._contents)
+
+    def _write(self, contents: dict[str, Any]) -> None:
+        if self._output is None:
+            return
+        # In place only where a new file would take the place of a device or a pipe
+        new = not self._output.exists() or self._output.is_file()
+        target = self._output.with_name(f"{self._output.name}.tmp") if new else self._output
+        target.write_text(json.dumps(contents, indent=2) + "\n")
+        if new:
+            target.replace(self._output)
+
+
 def print_report(report: dict[str, Any], output: Path | None) -> None:
-    """A script's findings as JSON, to the terminal and to a file if one is named."""
-    text = json.dumps(report, indent=2)
-    print(text)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text + "\n")
+    """Findings that are there all at once."""
+    Report(output, **report).finish()
 
 
 def _git(*arguments: str) -> str | None:

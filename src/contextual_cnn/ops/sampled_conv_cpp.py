@@ -9,7 +9,6 @@ import os
 import platform
 import shlex
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from contextual_cnn.ops.compiled_cache import load_cached
 from contextual_cnn.ops.layout import map_back, pixels
 
 log = logging.getLogger(__name__)
@@ -29,8 +29,8 @@ _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-
 def is_available() -> bool:
     """Whether the kernels are there; compiles them (about ten seconds, once) if they are not."""
     try:
-        torch.ops.load_library(_build())
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder to cache in
+        load_cached(f"sampled_conv_{_key()}", _compile, torch.ops.load_library)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:  # ValueError: quotes in CXX that do not match
         reason = getattr(error, "stderr", None) or str(error)
         log.warning(
             "the C++ kernels could not be built (%s); plain torch is used, about 20 times slower on a CPU",
@@ -40,35 +40,25 @@ def is_available() -> bool:
     return True
 
 
-def _build() -> Path:
-    """The compiled library, from the cache or made now.
+def _key() -> str:
+    """Of all that the library depends on; nodes that share a home folder may have different processors."""
+    return hashlib.sha256(f"{_SOURCE.read_text()}{_FLAGS}{_processor()}{torch.__version__}".encode()).hexdigest()[:16]
 
-    torch.utils.cpp_extension.load would do, but for its lock: a process killed while it builds leaves it behind, and
-    every later run waits for it for ever. Here whoever finds no library makes one and puts it in place whole.
-    """
-    torch_folder = Path(torch.__file__).parent
-    # For this very processor: nodes that share a home folder may have different ones
-    key = hashlib.sha256(f"{_SOURCE.read_text()}{_FLAGS}{_processor()}{torch.__version__}".encode()).hexdigest()[:16]
-    cache_folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "contextual_cnn"
-    library = cache_folder / f"sampled_conv_{key}.so"
-    if library.exists():
-        return library
+
+def _compile(library: Path) -> None:
+    """Writes the library, or raises what tells why it cannot be made."""
     log.info("compiling the C++ kernels for this processor, once (about ten seconds)")
-    cache_folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_folder) as folder:
-        made = Path(folder) / library.name
-        command = [
-            *shlex.split(os.environ.get("CXX", "c++")),
-            *_FLAGS,
-            *(f"-isystem{torch_folder / 'include' / part}" for part in ("", "torch/csrc/api/include")),
-            str(_SOURCE),
-            f"-L{torch_folder / 'lib'}",
-            *("-ltorch_cpu", "-ltorch", "-lc10"),
-            *("-o", str(made)),
-        ]
-        subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-        made.replace(library)
-    return library
+    torch_folder = Path(torch.__file__).parent
+    command = [
+        *shlex.split(os.environ.get("CXX", "c++")),
+        *_FLAGS,
+        *(f"-isystem{torch_folder / 'include' / part}" for part in ("", "torch/csrc/api/include")),
+        str(_SOURCE),
+        f"-L{torch_folder / 'lib'}",
+        *("-ltorch_cpu", "-ltorch", "-lc10"),
+        *("-o", str(library)),
+    ]
+    subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=300)
 
 
 def _processor() -> str:
