@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from contextual_cnn.analysis.comparison import describe_family
 from contextual_cnn.models import contextual_conv
 from tests import quick_start
 from tests.conftest import HAS_COMPILER, ROOT, run_command, run_python
@@ -153,6 +154,21 @@ def test_the_kernels_can_be_tuned():
     assert [line["kernel"] for line in printed] == list(layer)
     assert set(layer) == {"forward", "gradients of weights and offsets", "gradient of x"}
     assert all(time > 0 for choices in layer.values() for time in choices.values())
+
+
+def test_the_table_of_costs_keeps_apart_what_papers_count_and_what_they_do_not(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import describe_model
+
+    twin, contextual = rows = describe_family("convnext_atto")
+    columns = {column.header: list(column.cells) for column in describe_model.table(rows, 224).columns}
+    added = {
+        "vs twin": contextual["macs"] - twin["macs"],
+        "bilinear samples": contextual["interpolation"],
+        "class table": contextual["per_batch"],
+    }
+    for name, macs in added.items():
+        assert float(columns[name][-1].rstrip(" %")) == pytest.approx(100 * macs / twin["macs"], abs=0.051), name
 
 
 def test_the_preview_is_a_picture_of_labelled_rows(image_root, tmp_path):
