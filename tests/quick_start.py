@@ -98,7 +98,8 @@ def _run(command: list[str], output: str, folder: str, environment: dict[str, st
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    encoding = environment.get("PYTHONIOENCODING")
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, encoding=encoding) for number in (1, 2))
     os.environ.update(environment)
     for name in [name for name, value in environment.items() if not value]:
         del os.environ[name]
