@@ -173,7 +173,7 @@ def _classes_to_choose_from(data: ImageData) -> torch.Tensor:
     present[torch.from_numpy(source.targets)] = True
     if not present.all():
         log.info("%d of the %d classes are there: predictions are made among these", present.sum(), len(present))
-    folder, name = Path(source.name(0)).parent.name, data.classes[source.targets[0]]
+    folder, name = Path(source.name(0)).parts[0], data.classes[source.targets[0]]
     if folder != name:
         log.info("the class folders are numbers: %s is %s, and so on in the training's order", folder, name)
     return present

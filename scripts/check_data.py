@@ -4,14 +4,15 @@ python scripts/check_data.py ROOT [--write-exclude FILE] [--duplicates] [--outpu
 
 Works on class folders, list files and tar shards. Bad is what training cannot use: truncated files,
 files that are no images, decompression bombs. Ends with status 1 if there are any; the exclude list names them for
-data.exclude.
+data.exclude. Files that training does not look at (.heic, .gif, files beside the class folders) are counted.
 """
 
 import argparse
 import functools
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,11 @@ from rich.table import Table
 from contextual_cnn.data.image_check import ImageReport, check_images
 from contextual_cnn.data.process_pool import process_pool, run_parts
 from contextual_cnn.data.sources import ImageSource, find_layout, open_source, write_exclude_list
+from contextual_cnn.data.sources.folder_listing import describe_not_read
 from contextual_cnn.data.sources.shard_index import check_shard_index
 from contextual_cnn.data.sources.tar_shards import shards_of
 from contextual_cnn.errors import UserError, run_script
+from contextual_cnn.text import printable
 
 CHUNK = 64  # images that a process checks at a time
 SHOWN = 20  # names on the screen; the JSON has all
@@ -47,7 +50,7 @@ def main() -> None:
             results = run_parts(pool, check, parts, title=f"{split}, images", sizes=[len(part) for part in parts])
             reports[split] = ImageReport.merge(results)
     summary = {
-        "root": str(root),
+        "root": printable(str(root)),
         "layout": layout,
         "splits": {split: summarise(sources[split], report) for split, report in reports.items()},
     }
@@ -85,6 +88,7 @@ def summarise(source: ImageSource, report: ImageReport) -> dict:
         "classes": len(source.classes),
         "images_per_class": {"least": int(per_class.min()), "most": int(per_class.max())},
         "bad": [{"name": name, "reason": reason} for name, reason in report.bad],
+        "not_read": dict(source.not_read.most_common()),
         "kinds": dict(report.kinds.most_common()),
         "unusual": unusual,
     }
@@ -112,20 +116,26 @@ def show(summary: dict) -> None:
     for kind in sorted({kind for split in splits for kind in split["kinds"]}):
         table.add_row(kind, *(str(split["kinds"].get(kind, 0)) for split in splits))
     table.add_row("bad", *(str(len(split["bad"])) for split in splits))
+    table.add_row("not read", *(str(sum(split["not_read"].values())) for split in splits))
     console.print(table)
-    bad = [entry for split in splits for entry in split["bad"]]
-    lines = [f"bad: {printable(entry['name'])}: {entry['reason']}" for entry in bad[:SHOWN]]
-    lines += [f"and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
-    for names in summary.get("duplicates", [])[:SHOWN]:
-        lines.append(f"same bytes: {', '.join(map(printable, names))}")
-    if "duplicates" in summary:
-        lines.append(f"{len(summary['duplicates'])} groups of images with the same bytes")
-    for line in lines:
+    for line in describe(summary):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def printable(name: str) -> str:
-    return name if name.isprintable() else ascii(name)
+def describe(summary: dict) -> Iterator[str]:
+    """What the table counts, by name."""
+    for name, split in summary["splits"].items():
+        if split["not_read"]:
+            yield f"not read in {name}: {describe_not_read(Counter(split['not_read']))}"
+    bad = [entry for split in summary["splits"].values() for entry in split["bad"]]
+    for entry in bad[:SHOWN]:
+        yield f"bad: {entry['name']}: {entry['reason']}"
+    if len(bad) > SHOWN:
+        yield f"and {len(bad) - SHOWN} more"
+    for names in summary.get("duplicates", [])[:SHOWN]:
+        yield f"same bytes: {', '.join(names)}"
+    if "duplicates" in summary:
+        yield f"{len(summary['duplicates'])} groups of images with the same bytes"
 
 
 def write_results(arguments: argparse.Namespace, summary: dict, bad: list[tuple[str, str]]) -> None:
@@ -134,7 +144,7 @@ def write_results(arguments: argparse.Namespace, summary: dict, bad: list[tuple[
             arguments.output.write_text(json.dumps(summary, indent=2) + "\n")
         if arguments.write_exclude:
             write_exclude_list(arguments.write_exclude, bad)
-            print(f"train without them: data.exclude={arguments.write_exclude}")
+            print(f"train without them: data.exclude={printable(str(arguments.write_exclude))}")
     except OSError as error:
         raise UserError(f"the report cannot be written: {error}", "give another file") from error
 

@@ -8,7 +8,6 @@ own code in both. Without ROOT, the images are parts of photographs that scikit-
 """
 
 import argparse
-import io
 import tempfile
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from timm_reference import timm_transform
 from contextual_cnn.contracts import Batch
 from contextual_cnn.data import Augmentation, ImageData
 from contextual_cnn.data.augmentation import BatchAugmentation
+from contextual_cnn.data.image_check import decode_rgb
 from contextual_cnn.data.process_pool import progress_bar
 from contextual_cnn.data.sampler import BatchPlan
 from contextual_cnn.distributed import World
@@ -81,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
 def write_parts(root: Path, images: int) -> Path:
     """JPEGs of 200 to 400 pixels a side, parts of three photographs."""
     hopper = matplotlib.cbook.get_sample_data("grace_hopper.jpg")
-    photos = [*load_sample_images().images, np.asarray(Image.open(hopper).convert("RGB"))]
+    photos = [*load_sample_images().images, np.asarray(decode_rgb(hopper.read(), "grace_hopper.jpg"))]
     rng = np.random.default_rng(0)
     for i in range(images):
         path = root / "train" / f"class_{i % 4}" / f"{i:04d}.JPEG"
@@ -113,7 +113,7 @@ def timm_statistics(data: ImageData, augmentation: Augmentation, arguments: argp
     seed_all(Purpose.MICRO_BATCH, arguments.seed)
     with progress_bar() as bar:
         for index in bar.track(range(len(images)), description="timm's"):
-            image = Image.open(io.BytesIO(images.read(index))).convert("RGB")
+            image = decode_rgb(images.read(index), images.name(index))
             found.append(statistics(transform(image)[None]))
     return np.concatenate(found)
 

@@ -7,7 +7,6 @@ that cannot be read are named and skipped, and the script then ends with status 
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,18 +18,22 @@ matplotlib.use("Agg")  # no display on a cluster
 
 import matplotlib.pyplot as plt
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 from timm.data import create_transform
 
+from contextual_cnn.data.image_check import FORMATS, describe, open_image
+from contextual_cnn.engine.csv_file import write_csv
 from contextual_cnn.engine.evaluator import staged_scores
 from contextual_cnn.errors import UserError, run_script
+from contextual_cnn.text import printable
 from contextual_cnn.trained import Trained, describe_classes, load_model
 
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
+# PIL's names of what is in such files. Training takes no GIF, for DALI decodes none; here it is the first picture
+READ_AS = (*FORMATS, "GIF")
 TOP = 5
 FIRST = 4  # classes of a shortlist that are shown
 
@@ -59,17 +62,17 @@ def main() -> None:
     unreadable: list[Path] = []
     predictions = list(predict(given, paths, arguments.batch_size, unreadable))
     words = describe_classes(given.classes)
-    names = [words.get(name, name).split(",")[0] for name in given.classes]
+    names = [printable(words.get(name, name).split(",")[0]) for name in given.classes]
     try:
         if arguments.images.is_dir():
             output = arguments.output or Path("predictions.csv")
-            write_csv(predictions, given.classes, names, output)
-            print(f"{output}: {len(predictions)} images")
+            write_csv(output, rows(predictions, given.classes, names))
+            print(f"{printable(str(output))}: {len(predictions)} images")
         elif predictions:
             output = arguments.output or Path(f"{arguments.images.stem}_prediction.png")
             show(predictions[0], names, given)
             draw(predictions[0], names, given, output)
-            print(output)
+            print(printable(str(output)))
     except OSError as error:
         raise UserError(f"the result cannot be written: {error}", "--output FILE") from error
     sys.exit(1 if unreadable else 0)
@@ -109,10 +112,10 @@ def predict(given: Trained, paths: Sequence[Path], batch_size: int, unreadable: 
         readable, images = [], []
         for path in paths[start : start + batch_size]:
             try:
-                images.append(transform(Image.open(path).convert("RGB")))
+                images.append(transform(open_image(path.read_bytes(), READ_AS).convert("RGB")))
                 readable.append(path)
             except Exception as error:  # whatever a damaged file makes of its decoder
-                print(f"skipped, cannot be read: {path} ({type(error).__name__}: {error})", file=sys.stderr)
+                print(f"skipped, cannot be read: {printable(str(path))} ({describe(error)})", file=sys.stderr)
                 unreadable.append(path)
         if images:
             yield from interpret(given.model, readable, torch.stack(images).to(device))
@@ -138,12 +141,12 @@ def describe_shortlist(shortlist: Shortlist, names: Sequence[str]) -> str:
 
 
 def show(prediction: Prediction, names: Sequence[str], given: Trained) -> None:
-    table = Table(title=escape(str(prediction.path)))
+    table = Table(title=escape(printable(str(prediction.path))))
     table.add_column("class")
     table.add_column("name")
     table.add_column("probability", justify="right")
     for index, probability in prediction.top:
-        table.add_row(escape(given.classes[index]), escape(names[index]), f"{100 * probability:.2f} %")
+        table.add_row(escape(printable(given.classes[index])), escape(names[index]), f"{100 * probability:.2f} %")
     console = Console()
     console.print(table)
     for shortlist in prediction.shortlists:
@@ -153,7 +156,8 @@ def show(prediction: Prediction, names: Sequence[str], given: Trained) -> None:
 def draw(prediction: Prediction, names: Sequence[str], given: Trained, output: Path) -> None:
     """The part of the image that the model saw, its five classes, and its shortlists."""
     to_pixels = create_transform(**given.transform | {"mean": (0, 0, 0), "std": (1, 1, 1)})
-    pixels = to_pixels(Image.open(prediction.path).convert("RGB")).permute(1, 2, 0).clamp(0, 1)
+    image = open_image(prediction.path.read_bytes(), READ_AS).convert("RGB")
+    pixels = to_pixels(image).permute(1, 2, 0).clamp(0, 1)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), width_ratios=(1, 1.2), layout="constrained")
     left.imshow(pixels)
     left.set_axis_off()
@@ -165,7 +169,7 @@ def draw(prediction: Prediction, names: Sequence[str], given: Trained, output: P
     right.spines[["top", "right"]].set_visible(False)
     lines = [shorten(describe_shortlist(shortlist, names), 130) for shortlist in prediction.shortlists]
     figure.supxlabel("\n".join(lines), fontsize=9, x=0.01, ha="left")
-    figure.suptitle(shorten(f"{prediction.path.name}, by {given.config['model']['name']}", 100))
+    figure.suptitle(shorten(f"{printable(prediction.path.name)}, by {given.config['model']['name']}", 100))
     figure.savefig(output, dpi=120)
     plt.close(figure)
 
@@ -176,14 +180,13 @@ def shorten(text: str, length: int) -> str:
     return text.replace("$", r"\$")
 
 
-def write_csv(predictions: Sequence[Prediction], classes: Sequence[str], names: Sequence[str], output: Path) -> None:
+def rows(predictions: Sequence[Prediction], classes: Sequence[str], names: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Of the CSV; the header is the first."""
     ranks = range(1, min(TOP, len(classes)) + 1)
-    with output.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", *(f"{what}{rank}" for rank in ranks for what in ("class", "name", "probability"))])
-        for prediction in predictions:
-            cells = ((classes[i], names[i], f"{probability:.6f}") for i, probability in prediction.top)
-            writer.writerow([prediction.path, *(cell for group in cells for cell in group)])
+    yield ["image", *(f"{what}{rank}" for rank in ranks for what in ("class", "name", "probability"))]
+    for prediction in predictions:
+        cells = ((classes[i], names[i], f"{probability:.6f}") for i, probability in prediction.top)
+        yield [str(prediction.path), *(cell for group in cells for cell in group)]
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from contextual_cnn.data.image_check import open_image
 from contextual_cnn.data.imagenet_archives import (
     OFFICIAL_SUMS,
     ArchivedImage,
@@ -237,7 +238,7 @@ def encode(image: ArchivedImage, shorter: int | None, quality: int) -> bytes:
     if shorter is None:
         return encoded
     try:
-        with Image.open(io.BytesIO(encoded)) as picture:
+        with open_image(encoded) as picture:
             width, height = picture.size
             if min(width, height) <= shorter:
                 return encoded

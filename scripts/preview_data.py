@@ -6,7 +6,6 @@ Rows: the images, our samples of them, timm's, and ours with mixing. The draws d
 """
 
 import argparse
-import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from timm_reference import timm_transform
 from contextual_cnn.contracts import Batch
 from contextual_cnn.data import Augmentation, ImageData
 from contextual_cnn.data.augmentation import BatchAugmentation
+from contextual_cnn.data.image_check import decode_rgb
 from contextual_cnn.data.sampler import BatchPlan, TrainSampler
 from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError, run_script
@@ -43,7 +43,7 @@ def main() -> None:
         raise UserError(f"{arguments.root} has {len(images)} training image, and mixing takes two", "give another root")
     chosen = np.sort(np.random.default_rng(arguments.seed).choice(len(images), columns, replace=False))
     data.sources["train"] = images = images.take(chosen)
-    originals = [Image.open(io.BytesIO(images.read(i))).convert("RGB") for i in range(columns)]
+    originals = [decode_rgb(images.read(i), images.name(i)) for i in range(columns)]
     alone = replace(Augmentation(), mixup=0.0, cutmix=0.0, label_smoothing=0.0)
     size = (arguments.image_size, arguments.image_size)
     rows = [("image", [ImageOps.fit(image, size, Image.Resampling.BICUBIC) for image in originals])]

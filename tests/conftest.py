@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from sklearn.datasets import load_sample_images
 
 from tests import quick_start
@@ -45,6 +45,20 @@ def write_class_folders(root: Path, photos: list[np.ndarray]) -> Path:
                 top, left = rng.integers(0, 427 - 90), rng.integers(0, 240 - 120)
                 Image.fromarray(photo[top : top + 90, left : left + 120]).save(folder / f"{i}.JPEG", quality=92)
     return root
+
+
+@pytest.fixture
+def postscript(tmp_path_factory, monkeypatch) -> tuple[bytes, Path]:
+    """A PostScript picture; and the file that a stand-in for Ghostscript, first on the PATH, writes when started."""
+    folder = tmp_path_factory.mktemp("ghostscript")
+    (folder / "gs").write_text(f"#!/bin/sh\necho started > {folder}/note\n")
+    (folder / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # PIL looks for it once
+    return (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n0 0 10 10 rectfill\n%%EOF\n",
+        folder / "note",
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -108,7 +108,8 @@ def group(
 def _run(command: list[str], files: tuple[str, str], folder: str, environment: dict[str, str]) -> None:
     for descriptor, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    encoding = environment.get("PYTHONIOENCODING")
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, encoding=encoding) for number in (1, 2))
     os.environ.update(environment)
     for name in [name for name, value in environment.items() if not value]:
         del os.environ[name]

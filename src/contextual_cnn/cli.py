@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from contextual_cnn.distributed import end_with_launcher
 from contextual_cnn.errors import STOPPED, LostProcess, Stopped, UserError
+from contextual_cnn.text import print_any_text
 
 Schema = Mapping[str, Any]  # a key's type, or a Group
 
@@ -36,6 +37,7 @@ def run(main: Callable[[], None]) -> None:
     """Starts a Hydra main; a config that cannot be composed is the user's mistake too."""
     end_with_launcher()
     _report_status(0)
+    print_any_text()
     sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)
     # Hydra then raises its errors instead of printing them in its own way; ours are printed by _exit
     _wants_traceback()

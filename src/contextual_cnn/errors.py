@@ -3,11 +3,15 @@
 import sys
 from collections.abc import Callable
 
+from contextual_cnn.text import print_any_text, printable
+
 STOPPED = 75  # exit status EX_TEMPFAIL: nothing is wrong, start the same command again
 
 
 class UserError(Exception):
     """Something only the user can put right. The entry scripts print it without a traceback and exit with 2.
+
+    Names within it may be hostile: they are made printable here, once for all who raise it.
 
     Args:
         cause: what is wrong, naming the value, the file or the key.
@@ -16,8 +20,8 @@ class UserError(Exception):
 
     def __init__(self, cause: str, fix: str) -> None:
         super().__init__(cause, fix)
-        self.cause = cause
-        self.fix = fix
+        self.cause = printable(cause)
+        self.fix = printable(fix)
 
     def __str__(self) -> str:
         return f"{self.cause}\n  fix: {self.fix}"
@@ -33,6 +37,7 @@ class LostProcess(Exception):
 
 def run_script(main: Callable[[], None]) -> None:
     """Runs a plain script's main; a user's mistake is printed as cause and fix and ends it with status 2."""
+    print_any_text()
     try:
         main()
     except UserError as error:

@@ -1,5 +1,6 @@
 """The figures say what is so: their numbers against computations by hand, their pictures against their inputs."""
 
+import os
 import runpy
 
 import numpy as np
@@ -24,6 +25,7 @@ from contextual_cnn.analysis.sampling_points import ImageGrid, plot_sampling_poi
 from contextual_cnn.analysis.shortlists import plot_shortlists, rank, shown_classes
 from contextual_cnn.analysis.weight_offsets import most_varied_channels, offset_sizes, plot_weight_offsets
 from contextual_cnn.contracts import StagedScores
+from contextual_cnn.data.sources import open_source
 from contextual_cnn.errors import UserError
 from contextual_cnn.models import build_model
 from contextual_cnn.models.contextual_conv import ContextualConv2d
@@ -54,6 +56,18 @@ def images(photos) -> Images:
     pixels = np.stack([photo[100:164, 200:264] for photo in photos])
     inputs = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 128 - 1
     return Images(["a", "b"], pixels, inputs, [0, None])
+
+
+def test_images_that_cannot_be_decoded_are_named(image_root, tmp_path):
+    maker = ImageMaker(32, 0.875, [0.5] * 3, [0.5] * 3, torch.device("cpu"))
+    name = os.fsdecode(b"caf\xe9\n.jpg")
+    (tmp_path / name).write_bytes(b"<html>404</html>")
+    with pytest.raises(UserError, match=r"caf\\xe9\\n\.jpg"):
+        maker.from_files([tmp_path / name], ["a"])
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    (tmp_path / name).rename(tmp_path / "val" / "a" / name)
+    with pytest.raises(UserError, match=r"val/a/caf\\xe9\\n\.jpg"):
+        maker.from_source(open_source(tmp_path, "val", "folders"), [0])
 
 
 def drawn(path) -> np.ndarray:

@@ -1,12 +1,24 @@
 """The verdict on damaged and unusual images, and whether the pipeline's decoder is of the same opinion."""
 
+import ast
 import io
+import sys
+import warnings
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, PngImagePlugin
 
-from contextual_cnn.data.image_check import image_kinds
+from contextual_cnn.analysis.images import ImageMaker
+from contextual_cnn.data import torch_loader
+from contextual_cnn.data.bad_images import BadImage
+from contextual_cnn.data.image_check import check_header, image_kinds, open_image
+from contextual_cnn.data.imagenet_archives import ArchivedImage
+from contextual_cnn.data.sources import open_source
+from contextual_cnn.errors import UserError
+from scripts import prepare_imagenet
+from tests.conftest import ROOT
 
 
 def encoded(photo, format="JPEG", mode="RGB", **options):
@@ -67,6 +79,23 @@ BAD = {
 }
 
 
+def text_bomb(photo):
+    """A PNG with a comment of 100 MB in 100 kB."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Comment", "x" * 100_000_000, zip=True)
+    return encoded(photo, "PNG", pnginfo=info)
+
+
+OTHER_FORMATS = {
+    "svg": lambda p: b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
+    "pdf": lambda p: encoded(p, "PDF"),
+    "ico": lambda p: encoded(p, "ICO"),
+    "avif": lambda p: encoded(p, "AVIF"),
+    "tga": lambda p: encoded(p, "TGA"),
+    "text bomb": text_bomb,
+}
+
+
 def resized(jpeg, width):
     """A JPEG whose header claims another width."""
     data = bytearray(jpeg)
@@ -108,6 +137,20 @@ def test_what_the_pipeline_cannot_decode_is_bad(photos, case):
     assert not dali_decodes(data)
 
 
+@pytest.mark.parametrize("case", OTHER_FORMATS)
+def test_other_formats_are_bad_whatever_they_are_called(photos, case):
+    with pytest.raises(Exception, match=r"."):
+        image_kinds(OTHER_FORMATS[case](photos[0]), "a.jpg")
+
+
+@pytest.mark.parametrize("behind", [b"PK\3\4" + b"x" * 500 + b"PK\5\6" + b"\0" * 18, b"<script>alert(1)</script>"])
+def test_a_jpeg_that_is_something_else_too_is_decoded_as_a_jpeg(photos, behind):
+    data = encoded(photos[0])
+    with open_image(data) as alone, open_image(data + behind) as both:
+        assert both.format == "JPEG"
+        assert np.array_equal(np.asarray(alone), np.asarray(both))
+
+
 def test_bombs_and_empty_files_are_bad():
     """A decompression bomb is refused by its header, before it takes gigabytes."""
     with pytest.raises(Image.DecompressionBombError):
@@ -121,3 +164,74 @@ def test_an_animation_is_named(photos):
     buffer = io.BytesIO()
     frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:])
     assert image_kinds(buffer.getvalue(), "a.webp") == ["WEBP", "animated"]
+
+
+def preview(folder, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from scripts import preview_data
+
+    monkeypatch.setattr(sys, "argv", ["preview_data.py", str(folder), "--output", str(folder / "x.png")])
+    preview_data.main()
+
+
+OPENED_BY = {
+    "check": lambda folder, _: image_kinds((folder / "train/a/0.jpg").read_bytes(), "0.jpg"),
+    "torch loader": lambda folder, _: torch_loader._decode(open_source(folder, "train", "folders"), 0),
+    "figures": lambda folder, _: ImageMaker(32, 0.875, [0.5] * 3, [0.5] * 3, torch.device("cpu")).from_files(
+        [folder / "train/a/0.jpg"], ["a"]
+    ),
+    "preview": preview,
+    "preparation": lambda folder, _: prepare_imagenet.encode(
+        ArchivedImage("0.jpg", folder / "train/a/0.jpg", 0, (folder / "train/a/0.jpg").stat().st_size, 0), 8, 90
+    ),
+}
+
+
+@pytest.mark.parametrize("who", OPENED_BY)
+def test_no_image_starts_another_program(tmp_path, postscript, monkeypatch, who):
+    """PostScript under the name of a JPEG, for which PIL alone starts Ghostscript. Also predict.py: test_predict.py."""
+    picture, note = postscript
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for i in range(2):
+        (tmp_path / "train" / "a" / f"{i}.jpg").write_bytes(picture)
+    with pytest.raises((UserError, BadImage, OSError)):
+        OPENED_BY[who](tmp_path, monkeypatch)
+    assert not note.exists()
+
+
+def test_pil_alone_would_start_it(postscript):
+    picture, note = postscript
+    with pytest.raises(OSError, match=r"."), Image.open(io.BytesIO(picture)) as image:  # it makes no picture
+        image.load()
+    assert note.exists()
+
+
+def test_images_are_opened_in_one_place():
+    """The supplement of the two tests above: nobody else asks PIL to open anything."""
+    found = set()
+    for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr == "open" and ast.unparse(node.value).endswith("Image"):
+                found.add(path.name)
+    assert found == {"image_check.py"}
+
+
+def test_a_header_without_end_is_refused_and_long_ones_pass(photos):
+    """Millions of markers would be walked over one by one, with Python locked."""
+    image = encoded(photos[0])
+    comment = b"\xff\xfe\0\3x"
+    for long in (b"\xff" * 10_000_000, b"\xff\xe0\0\2" * 3_000_000, b"\xff\xe0\0\2" * 70_000 + image[2:]):
+        with pytest.raises(OSError, match="header"):
+            check_header(image[:2] + long)
+    check_header(image[:2] + comment * 1000 + b"\xff" * 5000 + image[2:])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_the_torch_loader_decodes_pils_pixels_by_nothing_deprecated(tmp_path, photos, mode):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "train" / "a" / "0.jpg").write_bytes(encoded(photos[0], mode=mode))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decoded = torch_loader._decode(open_source(tmp_path, "train", "folders"), 0)
+    with Image.open(tmp_path / "train" / "a" / "0.jpg") as image:
+        assert np.array_equal(decoded, np.asarray(image.convert("RGB")))

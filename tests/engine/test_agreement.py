@@ -1,5 +1,7 @@
 """What the processes compare: all that results hang on, and nothing that may differ from node to node."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -24,7 +26,9 @@ def test_the_place_of_the_data_may_differ_and_nothing_else():
     assert digest_config(CONFIG) != digest_config({**CONFIG, "data": {**CONFIG["data"], "image_size": 64}})
     listing = digest_listing(folder("a", "b"))
     assert listing == digest_listing(folder("a", "b", root="/b"))
-    others = [folder("b", "a"), folder("a", "c"), folder("a\0b", ""), folder("a", "b", targets=(1, 0))]
+    not_utf_8 = folder("a", os.fsdecode(b"b\xe9"))
+    assert digest_listing(not_utf_8) != digest_listing(folder("a", "bé"))
+    others = [not_utf_8, folder("b", "a"), folder("a", "c"), folder("a\0b", ""), folder("a", "b", targets=(1, 0))]
     assert listing not in map(digest_listing, others)
     assert digest_code() == digest_code()
 

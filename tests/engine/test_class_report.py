@@ -32,10 +32,10 @@ def test_an_image_that_cannot_be_used_is_a_miss():
 
 def test_the_file_has_the_worst_class_first(tmp_path):
     report = report_classes(np.array([0, 0, 1, 1]), np.array([0, 0, 0, 1]), 3)
-    write_class_report(tmp_path / "a.csv", report, ("cat", "dog, tame", "none"), {"cat": "felis"})
+    write_class_report(tmp_path / "a.csv", report, ("cat", "=dog, tame", "none"), {"cat": "felis"})
     with (tmp_path / "a.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["class"] for row in rows] == ["dog, tame", "cat"]
+    assert [row["class"] for row in rows] == ["'=dog, tame", "cat"]
     assert (rows[0]["confused_with"], rows[0]["confused"], rows[1]["description"]) == ("cat", "1", "felis")
     with pytest.raises(UserError, match="cannot be written"):
         write_class_report(tmp_path, report, ("cat", "dog", "none"), {})

@@ -56,15 +56,15 @@ def test_an_image_that_cannot_be_used_has_no_prediction(tmp_path):
 
 def test_the_csv_survives_awkward_names(tmp_path):
     paths = ('val/a/with, comma "and" quotes.jpg', "val/b/\udcff.jpg")
-    source = ImageFiles(tmp_path, ("a", "b"), paths, np.array([0, 1]))
+    source = ImageFiles(tmp_path, ("a", "=b"), paths, np.array([0, 1]))
     predictions = Predictions(torch.tensor([[0, 1], [0, 1]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]]))
     file = tmp_path / "predictions.csv"
     write_predictions(file, predictions, source)
-    with file.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
+    with file.open(newline="", encoding="utf-8") as lines:
         assert list(csv.reader(lines)) == [
             ["name", "target", "class1", "probability1", "class2", "probability2"],
-            [paths[0], "a", "a", "0.750000", "b", "0.250000"],
-            [paths[1], "b", "a", "0.500000", "b", "0.500000"],
+            [paths[0], "a", "a", "0.750000", "'=b", "0.250000"],
+            [r"val/b/\xff.jpg", "'=b", "a", "0.500000", "'=b", "0.500000"],
         ]
 
 

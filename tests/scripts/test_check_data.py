@@ -1,6 +1,8 @@
 """Damaged images are found in every layout, and training runs without them."""
 
 import json
+import os
+import re
 import shutil
 import sys
 
@@ -12,8 +14,9 @@ from contextual_cnn.data.sampler import BatchPlan
 from contextual_cnn.distributed import World
 from contextual_cnn.errors import run_script
 from scripts import check_data
-from tests.conftest import run_command, small_run
+from tests.conftest import small_run
 from tests.data.layouts import LAYOUTS, write_layout
+from tests.quick_start import run
 
 
 @pytest.fixture
@@ -80,11 +83,13 @@ def test_bad_images_are_found_and_training_runs_without_them(damaged, check, tmp
 
 def test_train_py_takes_the_exclude_list_that_many_processes_made(damaged, tmp_path):
     exclude = tmp_path / "exclude.txt"
-    checked = run_command("scripts/check_data.py", str(damaged), "--workers", "3", "--write-exclude", str(exclude))
-    assert checked.returncode == 1, checked.stderr
-    done = run_command(*small_run(damaged, tmp_path / "out", f"data.exclude={exclude}", "trainer.max_steps=3"))
-    assert done.returncode == 0, done.stderr
-    assert "class folders, 6 classes, train 45 images, val 17 images, 4 left out" in done.stdout
+    check = ("scripts/check_data.py", str(damaged), "--workers", "3", "--write-exclude", str(exclude))
+    status, printed = run(*check, output=tmp_path / "checked")
+    assert status == 1, printed
+    command = small_run(damaged, tmp_path / "out", f"data.exclude={exclude}", "trainer.max_steps=1")
+    status, printed = run(*command, output=tmp_path / "trained")
+    assert status == 0, printed
+    assert "class folders, 6 classes, train 45 images, val 17 images, 4 left out" in printed
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -116,3 +121,33 @@ def test_mistakes_end_with_status_2(check, tmp_path):
     status, printed = check(tmp_path / "nowhere")
     assert status == 2
     assert "does not exist" in printed
+
+
+def test_what_training_does_not_read_is_counted_beside_the_bad(image_root, check, tmp_path):
+    root, output = write_layout("folders", image_root, tmp_path / "root"), tmp_path / "report.json"
+    for name in ("class_0/a.heic", "class_0/b.HEIC", "class_1/c.gif", "d.jpg"):
+        (root / "train" / name).write_bytes(b"x")
+    status, printed = check(root, "--output", output)
+    assert status == 0
+    splits = json.loads(output.read_text())["splits"]
+    assert splits["train"]["not_read"] == {".heic": 2, ".gif": 1, ".jpg beside the class folders": 1}
+    assert splits["val"]["not_read"] == {}
+    assert re.search(r"not read *[│|] *4 *[│|] *0 ", printed)
+    assert "2 .heic, 1 .gif" in printed
+
+
+def test_images_are_named_whatever_they_are_called_and_whatever_the_terminal_knows(image_root, check, tmp_path):
+    """Not UTF-8, a line's end, ASCII only; the exclude list is one that training reads."""
+    root = write_layout("folders", image_root, tmp_path / "dés")
+    exclude, output = tmp_path / "exclude.txt", tmp_path / "report.json"
+    names = [b"caf\xe9.jpg", b"a\nbad: forged.jpg", "ü.jpg".encode()]
+    for name in names:
+        with open(os.path.join(os.fsencode(root), b"train/class_0", name), "wb") as file:
+            file.write(b"x" * 100)
+    sys.stdout.reconfigure(encoding="ascii")
+    status, printed = check(root, "--output", output, "--write-exclude", exclude, "--duplicates")
+    assert status == 1
+    assert len([line for line in printed.splitlines() if line.startswith("bad: ")]) == 3
+    bad = [entry["name"] for entry in json.loads(output.read_text())["splits"]["train"]["bad"]]
+    assert bad == [r"train/class_0/a\nbad: forged.jpg", r"train/class_0/caf\xe9.jpg", "train/class_0/ü.jpg"]
+    assert len(ImageData(root=str(root), exclude=str(exclude)).sources["train"]) == 48

@@ -1,13 +1,17 @@
 """Predictions by the command, on photographs."""
 
 import csv
+import os
+import sys
 
 import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
 
-from tests.conftest import run_command
+from contextual_cnn.errors import run_script
+from scripts import predict as script
+from tests.data.malformed import resized
 from tests.scripts.run_folders import CLASSES, SIZE, write_run
 
 
@@ -26,8 +30,17 @@ def folder(tmp_path_factory, photos):
     return folder
 
 
-def predict(*arguments):
-    return run_command("scripts/predict.py", *map(str, arguments))
+@pytest.fixture
+def predict(monkeypatch, capfd):
+    """Runs the script's main in this process; returns exit status, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            run_script(script.main)
+        return stopped.value.code, *capfd.readouterr()
+
+    return run
 
 
 def expected(model, path):
@@ -36,26 +49,28 @@ def expected(model, path):
         return model(transform(Image.open(path).convert("RGB"))[None])[0].softmax(dim=0)
 
 
-def test_an_image_gives_classes_shortlists_and_a_picture(run, folder, tmp_path):
+def test_an_image_gives_classes_shortlists_and_a_picture(predict, run, folder, tmp_path):
     output = tmp_path / "out.png"
-    done = predict(folder / "more" / "$b$.png", "--checkpoint", run[0], "--output", output)
-    assert done.returncode == 0, done.stderr
+    status, printed, errors = predict(folder / "more" / "$b$.png", "--checkpoint", run[0], "--output", output)
+    assert status == 0, errors
     best = expected(run[1], folder / "more" / "$b$.png")
-    assert f"{100 * best.max():.2f} %" in done.stdout
+    assert f"{100 * best.max():.2f} %" in printed
     for stage, kept in ((1, 6), (2, 4), (3, 2)):
-        assert f"after stage {stage}: {kept} of 12 classes: " in done.stdout
+        assert f"after stage {stage}: {kept} of 12 classes: " in printed
     with Image.open(output) as picture:
         assert picture.width > 1000
 
 
-def test_a_folder_gives_a_row_per_image_and_names_the_unreadable(run, folder, tmp_path):
+def test_a_folder_gives_a_row_per_image_and_names_the_unreadable(predict, run, folder, tmp_path):
     (folder / "half.jpg").write_bytes((folder / "a.jpg").read_bytes()[:5000])
     (folder / "none.png").write_bytes(b"")
+    (folder / "bomb.jpg").write_bytes(resized((folder / "a.jpg").read_bytes(), 30_000, 30_000))
     output = tmp_path / "out.csv"
-    done = predict(folder, "--checkpoint", run[0], "--output", output, "--batch-size", 2)
-    assert done.returncode == 1
-    assert "half.jpg" in done.stderr
-    assert "none.png" in done.stderr
+    status, _, errors = predict(folder, "--checkpoint", run[0], "--output", output, "--batch-size", 2)
+    assert status == 1
+    assert "half.jpg" in errors
+    assert "none.png" in errors
+    assert "bomb.jpg" in errors
     with output.open() as file:
         rows = list(csv.DictReader(file))
     assert [row["image"] for row in rows] == [str(folder / name) for name in ("a.jpg", "c.webp", "more/$b$.png")]
@@ -68,15 +83,58 @@ def test_a_folder_gives_a_row_per_image_and_names_the_unreadable(run, folder, tm
             )
 
 
-def test_a_folder_without_images_is_explained(tmp_path):
+def test_a_folder_without_images_is_explained(predict, tmp_path):
     (tmp_path / "empty").mkdir()
-    done = predict(tmp_path / "empty", "--checkpoint", tmp_path)
-    assert done.returncode == 2
-    assert "fix: give an image or a folder" in done.stderr
+    status, _, errors = predict(tmp_path / "empty", "--checkpoint", tmp_path)
+    assert status == 2
+    assert "fix: give an image or a folder" in errors
 
 
-def test_a_model_without_stages_predicts_too(folder, tmp_path):
+def test_a_model_without_stages_predicts_too(predict, folder, tmp_path):
     write_run(tmp_path, "convnext_atto")
-    done = predict(folder / "a.jpg", "--checkpoint", tmp_path, "--output", tmp_path / "out.png")
-    assert done.returncode == 0, done.stderr
-    assert "after stage" not in done.stdout
+    status, printed, errors = predict(folder / "a.jpg", "--checkpoint", tmp_path, "--output", tmp_path / "out.png")
+    assert status == 0, errors
+    assert "after stage" not in printed
+
+
+def test_a_gif_is_predicted_and_postscript_is_not_opened(predict, run, photos, postscript, tmp_path):
+    picture, note = postscript
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(picture)
+    Image.fromarray(photos[0]).convert("P").save(tmp_path / "in" / "b.gif")
+    status, _, errors = predict(tmp_path / "in", "--checkpoint", run[0], "--output", tmp_path / "out.csv")
+    assert status == 1
+    assert "a.jpg" in errors
+    assert not note.exists()
+    with (tmp_path / "out.csv").open() as file:
+        assert [row["image"] for row in csv.DictReader(file)] == [str(tmp_path / "in" / "b.gif")]
+    assert predict(tmp_path / "in" / "a.jpg", "--checkpoint", run[0], "--output", tmp_path / "out.png")[0] == 1
+    assert not note.exists()
+
+
+@pytest.fixture
+def odd_names(folder, tmp_path):
+    """A folder of files whose names are not UTF-8, hold control characters, or are a spreadsheet's formula."""
+    photo = (folder / "a.jpg").read_bytes()
+    names = {b"caf\xe9.jpg": photo, b"bad\x1b[31m\nforged line.jpg": b"", "é.png".encode(): photo, b"=1+1.jpg": photo}
+    for name, content in names.items():
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(content)
+    return tmp_path
+
+
+def test_whatever_a_file_is_called_its_row_is_written_and_no_line_forged(predict, run, odd_names, monkeypatch):
+    monkeypatch.chdir(odd_names)
+    status, _, errors = predict(".", "--checkpoint", run[0], "--output", "out.csv")
+    assert status == 1
+    assert [line.startswith("skipped") for line in errors.splitlines() if "forged" in line] == [True]
+    assert "\x1b" not in errors
+    with open("out.csv", encoding="utf-8") as file:
+        assert [row["image"] for row in csv.DictReader(file)] == ["'=1+1.jpg", r"caf\xe9.jpg", "é.png"]
+
+
+def test_a_terminal_that_knows_ascii_only_shows_escapes(predict, run, odd_names):
+    sys.stdout.reconfigure(encoding="ascii")
+    status, printed, _ = predict(odd_names / "é.png", "--checkpoint", run[0], "--output", odd_names / "ü.png")
+    assert status == 0
+    assert r"\xfc.png" in printed

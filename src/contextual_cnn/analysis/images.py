@@ -1,6 +1,5 @@
 """The images that figures show: made as evaluation makes them, with their true class where it is known."""
 
-import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,21 +7,23 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from timm.data import ImageNetInfo, create_transform, is_img_extension
 from torch import Tensor
 
+from contextual_cnn.data.bad_images import BadImage
+from contextual_cnn.data.image_check import decode_rgb
 from contextual_cnn.data.on_device import normalise
 from contextual_cnn.data.reader import read_image
 from contextual_cnn.data.resize import Interpolation
 from contextual_cnn.data.sources import ImageSource
 from contextual_cnn.errors import UserError
+from contextual_cnn.text import printable
 
 
 class Images(NamedTuple):
     """B images.
 
-    names: of their files.
+    names: of their files, printable.
     pixels: (B, S, S, 3) uint8, what the model sees, before the normalisation.
     inputs: (B, 3, S, S) float32, normalised.
     labels: their classes' indices; None where the class is not known.
@@ -59,14 +60,18 @@ class ImageMaker:
         """A file's class is the name of the folder that it is in, if that is a class."""
         index = {name: i for i, name in enumerate(classes)}
         encoded = [_read(path) for path in paths]
-        return self._make([path.name for path in paths], encoded, [index.get(path.parent.name) for path in paths])
+        labels = [index.get(printable(path.parent.name)) for path in paths]
+        return self._make([printable(path.name) for path in paths], encoded, labels)
 
     def from_source(self, source: ImageSource, indices: Sequence[int]) -> Images:
-        encoded = [read_image(source, i) for i in indices]
+        try:
+            encoded = [read_image(source, i) for i in indices]
+        except BadImage as bad:
+            raise UserError(f"the image {bad.name} cannot be used: {bad.reason}", "--images FILE_OR_FOLDER") from bad
         return self._make([source.name(i) for i in indices], encoded, [int(source.targets[i]) for i in indices])
 
     def _make(self, names: list[str], encoded: list[bytes], labels: list[int | None]) -> Images:
-        pixels = torch.stack([self._transform(_decode(*image)) for image in zip(names, encoded, strict=True)])
+        pixels = torch.stack([self._transform(decode_rgb(*image)) for image in zip(encoded, names, strict=True)])
         inputs = normalise(pixels.to(self._device), self._mean, self._std)
         return Images(names, pixels.permute(0, 2, 3, 1).numpy(), inputs, labels)
 
@@ -111,10 +116,3 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"the image {path} cannot be read: {error.strerror}", "give another file") from error
-
-
-def _decode(name: str, encoded: bytes) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(encoded)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name} cannot be read as an image: {error}", "give another file") from error

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Literal, TypeVar
 
 from contextual_cnn.errors import UserError
+from contextual_cnn.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +26,8 @@ class BadImage(Exception):
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)
-        self.name = name if name.isprintable() else ascii(name)
-        self.reason = reason
+        self.name = printable(name)
+        self.reason = printable(reason)
 
 
 class BadImages:

@@ -20,6 +20,7 @@ from contextual_cnn.data.bad_images import COUNTS_AS_WRONG, BadImage
 from contextual_cnn.data.image_check import describe, image_kinds
 from contextual_cnn.data.reader import BatchReader, read_image
 from contextual_cnn.data.sources import ImageSource
+from contextual_cnn.data.transfer import to_device
 
 
 class Feed:
@@ -107,7 +108,7 @@ def _iterate(pipeline: Any, device: torch.device) -> Iterator[Batch]:
     )
     for (output,) in iterator:
         images: Tensor = output["images"].permute(0, 3, 1, 2)
-        targets: Tensor = output["targets"].view(-1).to(device, torch.int64, non_blocking=True)
+        targets = to_device(output["targets"].view(-1), device)
         yield Batch(images, targets)
 
 

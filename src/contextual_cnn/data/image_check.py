@@ -5,7 +5,7 @@ import io
 import struct
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -13,13 +13,16 @@ from pathlib import PurePosixPath
 from PIL import Image, ImageFile
 
 from contextual_cnn.data.sources import ImageSource
+from contextual_cnn.errors import UserError
+from contextual_cnn.text import printable
 
 Image.init()  # all of PIL now: threads that import while a process forks leave locks behind that nobody opens
 
-_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")  # what the pipeline decodes; GIF it does not
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")  # what the pipeline decodes; GIF it does not
 _EXTENSIONS = {"JPEG": (".jpeg", ".jpg"), "TIFF": (".tif", ".tiff"), "PPM": (".ppm",)}
 _ORIENTATION = 0x0112
 _START_OF_SCAN, _START_OF_FRAME = 0xDA, set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_MOST_MARKERS = 65_536  # before an image's data, fill bytes included; cameras write some dozens
 _HUGE = 50_000_000  # pixels; above twice PIL's limit (179 million) an image counts as a decompression bomb
 
 
@@ -71,7 +74,7 @@ def image_kinds(encoded: bytes, name: str) -> list[str]:
     check_header(encoded)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about EXIF and sizes; what matters of it is reported
-        with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+        with open_image(encoded) as image:
             image.load()
             kind = "JPEG" if image.format == "MPO" else image.format  # a JPEG with a second picture behind it
             peculiarities = {
@@ -87,6 +90,25 @@ def image_kinds(encoded: bytes, name: str) -> list[str]:
     return [kind, *(peculiarity for peculiarity, applies in peculiarities.items() if applies)]
 
 
+def open_image(encoded: bytes, formats: Sequence[str] = FORMATS) -> Image.Image:
+    """PIL's image, nothing decoded yet. Whatever opens an image opens it here.
+
+    Left to itself, PIL tries all of its decoders whatever a file is called; the one for PostScript starts Ghostscript.
+
+    Args:
+        formats: as PIL calls them; no other decoder sees the bytes.
+    """
+    return Image.open(io.BytesIO(encoded), formats=formats)
+
+
+def decode_rgb(encoded: bytes, name: str) -> Image.Image:
+    """An image to be shown. Raises UserError naming it if it cannot be decoded."""
+    try:
+        return open_image(encoded).convert("RGB")
+    except Exception as error:  # a decoder raises anything from OSError to struct.error
+        raise UserError(f"{name} cannot be read as an image: {describe(error)}", "give another one") from error
+
+
 def check_header(encoded: bytes) -> None:
     """Looks at the ends of an image, in 3 us if it is a JPEG; raises some error for what need not be decoded to fail.
 
@@ -97,20 +119,25 @@ def check_header(encoded: bytes) -> None:
     if encoded.startswith(b"\xff\xd8"):
         _check_jpeg(encoded)
     else:
-        Image.open(io.BytesIO(encoded), formats=_FORMATS)
+        open_image(encoded)
 
 
 def _check_jpeg(encoded: bytes) -> None:
     """Walks over the segments of the header, then looks for the end of the image behind them (ITU T.81, annex B)."""
     at = 2
     try:
-        while (marker := encoded[at + 1]) != _START_OF_SCAN:
+        for _ in range(_MOST_MARKERS):
+            marker = encoded[at + 1]
+            if marker == _START_OF_SCAN:
+                break
             if encoded[at] != 0xFF:
                 return  # rubbish between the segments; the decoder may find its way
             if marker in _START_OF_FRAME:
                 _check_frame(*struct.unpack_from(">BHH", encoded, at + 4))
             # a marker may have any number of 0xFF before it
             at += 1 if marker == 0xFF else 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
+        else:
+            raise OSError(f"more than {_MOST_MARKERS} markers in its header")
     except (IndexError, struct.error):
         raise OSError("image file is truncated in its header") from None
     if encoded.rfind(b"\xff\xd9", at) < 0:
@@ -140,5 +167,5 @@ def describe(error: Exception) -> str:
     """One line of why an image cannot be read or decoded."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    text = printable(str(error).splitlines()[0]) if str(error) else type(error).__name__
     return "not an image that the pipeline decodes" if "cannot identify image file" in text else text

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -15,8 +16,10 @@ from contextual_cnn.data.bad_images import BadImages
 from contextual_cnn.data.resize import Interpolation
 from contextual_cnn.data.sampler import BatchPlan, ShardWindows, TrainSampler
 from contextual_cnn.data.sources import ImageSource, Layout, find_layout, open_source, read_exclude_list
+from contextual_cnn.data.sources.folder_listing import describe_not_read
 from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError
+from contextual_cnn.text import printable
 
 if TYPE_CHECKING:
     from contextual_cnn.data.dali import EvaluationBatches
@@ -140,7 +143,10 @@ class ImageData:
             "synthetic": "noise",
         }[self.layout]
         counts = ", ".join(f"{split} {len(source)} images" for split, source in self.sources.items())
-        log.info("%s: %s, %d classes, %s, %d left out", self.root, kind, self.num_classes, counts, len(self._left_out))
+        not_read = sum((source.not_read for source in self.sources.values()), Counter())
+        others = f"; not read: {describe_not_read(not_read)}" if not_read else ""
+        left_out, root = len(self._left_out), printable(str(self.root))
+        log.info("%s: %s, %d classes, %s, %d left out%s", root, kind, self.num_classes, counts, left_out, others)
         # names of a split that is not open now are no mistake
         closed = tuple(f"{split}/" for split in _SPLITS if split not in self.sources)
         unknown = sorted(name for name in self._excluded - self._left_out if not name.startswith(closed))

@@ -3,17 +3,17 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from contextual_cnn.data.augmentation import Draws
 from contextual_cnn.data.randaugment import torch_ops
+from contextual_cnn.data.transfer import to_device
 
 
 def augment(images: Tensor, draws: Draws, *, fill: tuple[int, ...], interpolation: str) -> Tensor:
     """RandAugment or color jitter, and the flips, of (B, 3, H, W) uint8 images. See `torch_ops.apply_ops`."""
     images = torch_ops.apply_ops(images, draws.ops, fill=fill, interpolation=interpolation)
-    flipped = torch.from_numpy(np.flatnonzero(draws.flip)).to(images.device)
+    flipped = to_device(np.flatnonzero(draws.flip), images.device)
     images[flipped] = images[flipped].flip(3)
     return images
 
@@ -22,5 +22,6 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     """(B, 3, H, W) uint8 -> float32, channels_last. mean, std: for values in 0..1."""
     pixels = images.permute(0, 2, 3, 1)
     # By whole rows: a CPU is twice as fast along 3 W values as along three
-    mean, std = (torch.tensor(values, device=images.device).repeat(images.shape[3]) * 255 for values in (mean, std))
+    statistics = to_device(np.array([mean, std], dtype=np.float32), images.device)
+    mean, std = statistics.repeat(1, images.shape[3]) * 255
     return pixels.flatten(2).float().sub_(mean).div_(std).view(pixels.shape).permute(0, 3, 1, 2)

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from contextual_cnn.data.transfer import to_device
+
 _AREA = (0.02, 1 / 3)  # share of the image
 _LOG_ASPECT = (math.log(0.3), -math.log(0.3))
 _ATTEMPTS = 10
@@ -23,8 +25,8 @@ def erase_randomly(images: Tensor, probability: float) -> Tensor:
     sizes = height * width
     total = int(sizes.sum())
     firsts = np.cumsum(sizes) - sizes
-    boxes = torch.from_numpy(np.stack([image, top, left, width, firsts], axis=1)).to(images.device)
-    repeats = torch.from_numpy(sizes).to(images.device)
+    boxes = to_device(np.stack([image, top, left, width, firsts], axis=1), images.device)
+    repeats = to_device(sizes, images.device)
     image, top, left, width, first = boxes.repeat_interleave(repeats, dim=0, output_size=total).unbind(1)
     place = torch.arange(total, device=images.device) - first  # of an erased pixel within its rectangle
     noise = torch.randn(total, images.shape[1], device=images.device, dtype=images.dtype)

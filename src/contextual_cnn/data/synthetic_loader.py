@@ -12,6 +12,7 @@ from contextual_cnn.contracts import Batch
 from contextual_cnn.data.bad_images import BadImages
 from contextual_cnn.data.sampler import TrainSampler, evaluation_batches
 from contextual_cnn.data.sources import ImageSource
+from contextual_cnn.data.transfer import to_device
 from contextual_cnn.randomness import Purpose, generator
 
 
@@ -29,9 +30,9 @@ def train_batches(
     noise = _noise(sampler.plan.micro_batch, image_size, device)
     n = 0
     while True:
-        targets = torch.from_numpy(images.targets[sampler[n].indices])
+        targets = to_device(images.targets[sampler[n].indices], device)
         # A batch of its own: what mixes does so in place
-        yield Batch(noise.clone(memory_format=torch.channels_last), targets.to(device))
+        yield Batch(noise.clone(memory_format=torch.channels_last), targets)
         n += 1
 
 
@@ -57,9 +58,9 @@ class EvaluationBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         for share in self._shares:
-            yield Batch(self._noise[: len(share)], torch.from_numpy(self._targets[share]).to(self._device))
+            yield Batch(self._noise[: len(share)], to_device(self._targets[share], self._device))
 
 
 def _noise(images: int, size: int, device: torch.device) -> torch.Tensor:
     noise = generator(Purpose.SYNTHETIC).standard_normal((images, 3, size, size), dtype="float32")
-    return torch.from_numpy(noise).to(device, memory_format=torch.channels_last)
+    return to_device(noise, device).contiguous(memory_format=torch.channels_last)

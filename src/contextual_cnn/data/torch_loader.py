@@ -1,11 +1,10 @@
-"""The two kinds of batches without DALI: torchvision, PIL and timm's own operations in worker processes.
+"""The two kinds of batches without DALI: PIL and timm's own operations in worker processes.
 
 The reference that the DALI pipelines are tested against, from the same draws, and the loader of machines that have no
 DALI. It has the same two names as dali.py, with the same arguments. A worker makes whole micro-batches, so nothing is
 collated.
 """
 
-import io
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -18,12 +17,11 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import decode_jpeg
 
 from contextual_cnn.contracts import Batch
 from contextual_cnn.data.augmentation import Augmentation, Draws, crop_box, draw
 from contextual_cnn.data.bad_images import COUNTS_AS_WRONG, BadImage, BadImages, blank_if_bad, first_usable
-from contextual_cnn.data.image_check import describe
+from contextual_cnn.data.image_check import describe, open_image
 from contextual_cnn.data.on_device import augment, normalise
 from contextual_cnn.data.randaugment import pil_ops
 from contextual_cnn.data.randaugment.policy import Op, fill_color
@@ -31,6 +29,7 @@ from contextual_cnn.data.reader import read_image
 from contextual_cnn.data.resize import Interpolation, resize
 from contextual_cnn.data.sampler import TrainSampler, evaluation_batches
 from contextual_cnn.data.sources import ImageSource
+from contextual_cnn.data.transfer import to_device
 from contextual_cnn.errors import UserError
 
 
@@ -130,9 +129,9 @@ def _make_training_batch(
 
 
 def _make_evaluation_batch(images: ImageSource, shares: Sequence[np.ndarray], transform: Callable, n: int) -> _Made:
-    reports, blank = [], np.zeros((1, 1, 3), np.uint8)
+    reports, blank = [], Image.new("RGB", (1, 1))
     taken = [blank_if_bad(int(index), partial(_decode, images), blank, reports.append) for index in shares[n]]
-    pixels = torch.stack([transform(Image.fromarray(image)).permute(1, 2, 0) for _, image in taken])
+    pixels = torch.stack([transform(image).permute(1, 2, 0) for _, image in taken])
     targets = [COUNTS_AS_WRONG if index is None else int(images.targets[index]) for index, _ in taken]
     return _Made(pixels, torch.tensor(targets), reports)
 
@@ -178,7 +177,7 @@ def _on_device(loader: DataLoader, bad: BadImages, device: torch.device) -> Iter
             pixels, targets, reports, replaced = made
             for report in reports:
                 bad.report(report)
-            pixels, targets = (tensor.to(device, non_blocking=True) for tensor in (pixels, targets))
+            pixels, targets = (to_device(tensor, device) for tensor in (pixels, targets))
             yield pixels.permute(0, 3, 1, 2), targets, replaced
     except BaseException:
         # An error keeps the loader alive until it is collected as garbage. By then the queue that tells a worker to
@@ -188,29 +187,23 @@ def _on_device(loader: DataLoader, bad: BadImages, device: torch.device) -> Iter
         raise
 
 
-def _decode(images: ImageSource, index: int) -> np.ndarray:
-    """(H, W, 3) uint8, PIL's pixels. Raises BadImage."""
+def _decode(images: ImageSource, index: int) -> Image.Image:
+    """RGB, to its last pixel. Raises BadImage."""
     encoded = read_image(images, index)
     try:
-        image = Image.open(io.BytesIO(encoded))
-        if image.format == "JPEG" and image.mode == "RGB":
-            return _decode_jpeg(encoded)
-        return np.asarray(image.convert("RGB"))
+        image = open_image(encoded)
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # a decoder raises anything from OSError to struct.error
         raise BadImage(images.name(index), describe(error)) from error
 
 
-def _decode_jpeg(encoded: bytes) -> np.ndarray:
-    """By torchvision: the same libjpeg and the same pixels in two thirds of PIL's time."""
-    return decode_jpeg(torch.from_numpy(np.frombuffer(encoded, np.uint8).copy())).permute(1, 2, 0).numpy()
-
-
 def _crop(
-    image: np.ndarray, draws: Draws, i: int, augmentation: Augmentation, size: int, interpolation: Interpolation
+    image: Image.Image, draws: Draws, i: int, augmentation: Augmentation, size: int, interpolation: Interpolation
 ) -> np.ndarray:
     """(size, size, 3) uint8."""
-    top, left, height, width = crop_box(draws, i, *image.shape[:2], augmentation.ratio)
-    return resize(image[top : top + height, left : left + width], size, size, interpolation)
+    top, left, height, width = crop_box(draws, i, image.height, image.width, augmentation.ratio)
+    return resize(np.asarray(image.crop((left, top, left + width, top + height))), size, size, interpolation)
 
 
 def _augment(pixels: np.ndarray, draws: Draws, i: int, augmentation: Augmentation, fill: tuple[int, ...]) -> np.ndarray:

@@ -1,12 +1,12 @@
 """How well each class is told from the others: precision, recall, F1, and what it is taken for."""
 
-import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from contextual_cnn.engine.csv_file import write_csv
 from contextual_cnn.errors import UserError
 
 
@@ -52,16 +52,16 @@ def write_class_report(
     Raises:
         UserError: it cannot be written.
     """
-    header = ["class", "description", "images", "precision", "recall", "f1", "confused_with", "confused"]
     try:
-        with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.writer(file)
-            writer.writerow(header)
-            for i in sorted(np.flatnonzero(report.images), key=lambda i: report.f1[i]):
-                other = report.confused_with[i]
-                shares = (f"{share[i]:.6f}" for share in (report.precision, report.recall, report.f1))
-                name = classes[i]
-                row = [name, descriptions.get(name, ""), report.images[i], *shares]
-                writer.writerow([*row, classes[other] if other >= 0 else "", report.confused[i]])
+        write_csv(path, _rows(report, classes, descriptions))
     except OSError as error:
         raise UserError(f"per_class: {path} cannot be written: {error}", "per_class=FILE") from error
+
+
+def _rows(report: ClassReport, classes: Sequence[str], descriptions: Mapping[str, str]) -> Iterator[Sequence[object]]:
+    yield ["class", "description", "images", "precision", "recall", "f1", "confused_with", "confused"]
+    for i in sorted(np.flatnonzero(report.images), key=lambda i: report.f1[i]):
+        other, name = report.confused_with[i], classes[i]
+        shares = (f"{share[i]:.6f}" for share in (report.precision, report.recall, report.f1))
+        confused_with = classes[other] if other >= 0 else ""
+        yield [name, descriptions.get(name, ""), report.images[i], *shares, confused_with, report.confused[i]]

@@ -1,6 +1,6 @@
 """The five best classes of every image of a split, from all ranks, in the order of the listing."""
 
-import csv
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from contextual_cnn.contracts import is_considered
 from contextual_cnn.data.sources import ImageSource
 from contextual_cnn.distributed import World, all_reduce_sum
+from contextual_cnn.engine.csv_file import write_csv
 from contextual_cnn.errors import UserError
 
 _BEST = 5
@@ -69,20 +70,20 @@ def write_predictions(path: Path, predictions: Predictions, source: ImageSource)
     Raises:
         UserError: it cannot be written.
     """
-    best = range(1, predictions.classes.shape[1] + 1)
-    header = ["name", "target", *(column for i in best for column in (f"class{i}", f"probability{i}"))]
     try:
-        # Names that are no UTF-8 come out as the bytes that they are on the disk
-        with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.writer(file)
-            writer.writerow(header)
-            rows = zip(predictions.classes.tolist(), predictions.probabilities.tolist(), strict=True)
-            for index, (classes, probabilities) in enumerate(rows):
-                pairs = zip(classes, probabilities, strict=True)
-                named = [text for c, p in pairs for text in (source.classes[c] if c >= 0 else "", f"{p:.6f}")]
-                writer.writerow([source.name(index), source.classes[source.targets[index]], *named])
+        write_csv(path, _rows(predictions, source))
     except OSError as error:
         raise UserError(f"predictions: {path} cannot be written: {error}", "predictions=FILE") from error
+
+
+def _rows(predictions: Predictions, source: ImageSource) -> Iterator[Sequence[str]]:
+    best = range(1, predictions.classes.shape[1] + 1)
+    yield ["name", "target", *(column for i in best for column in (f"class{i}", f"probability{i}"))]
+    both = zip(predictions.classes.tolist(), predictions.probabilities.tolist(), strict=True)
+    for index, (classes, probabilities) in enumerate(both):
+        pairs = zip(classes, probabilities, strict=True)
+        named = [text for c, p in pairs for text in (source.classes[c] if c >= 0 else "", f"{p:.6f}")]
+        yield [source.name(index), source.classes[source.targets[index]], *named]
 
 
 def check_writable(path: Path, key: str) -> None:

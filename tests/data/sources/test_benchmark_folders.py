@@ -2,6 +2,8 @@
 
 import pytest
 
+import evaluate
+from contextual_cnn.data import ImageData
 from contextual_cnn.data.sources import find_layout, open_source
 from contextual_cnn.errors import UserError
 from tests.data.sources.test_class_folders import make
@@ -53,3 +55,11 @@ def test_they_are_not_for_training(tmp_path):
         open_source(tmp_path, "train", "benchmark", None)
     make(tmp_path / "incomplete", "train/n03/x.jpg")
     assert find_layout(tmp_path / "incomplete", "val") == "folders"
+
+
+@pytest.mark.parametrize(("files", "numbered"), [(("n03/sub/x.jpg",), False), (("3/sub/x.jpg",), True)])
+def test_evaluate_tells_numbers_from_names_also_in_subfolders(tmp_path, caplog, files, numbered):
+    data = ImageData(("val",), CLASSES, root=str(make(tmp_path, *files)), layout="benchmark")
+    with caplog.at_level("INFO", "contextual_cnn"):
+        assert evaluate._classes_to_choose_from(data).tolist() == [number == 3 for number in range(12)]
+    assert ("numbers" in caplog.text) == numbered

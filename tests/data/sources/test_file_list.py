@@ -1,5 +1,7 @@
 """Lists of files: what a line means, and which file and line a mistake is in."""
 
+import tracemalloc
+
 import pytest
 
 from contextual_cnn.data.sources.file_list import open_file_list
@@ -41,12 +43,16 @@ def test_classes_without_names_are_numbered_and_val_may_lack_some(tmp_path):
         (["img/a.jpg 0", "/etc/passwd 0"], None, "line 2: '/etc/passwd' is no path below the root"),
         (["img/../../x.jpg 0"], None, "line 1: .* is no path below the root"),
         (["img/\x1b[2Jx.jpg 0"], None, "line 1: .* is no path below the root"),
+        (["img/\0x.jpg 0"], None, "line 1: .* is no path below the root"),
+        (["img/gpj.\u202ex 0"], None, "line 1: .* is no path below the root"),
         (["img/a.jpg 0", "img/x.jpg 0", "./img/a.jpg 0"], None, "line 3: img/a.jpg is in line 1 already"),
         (["img/a.jpg 2"], ["cat", "dog"], "line 1: class 2, but there are 2 classes, 0 to 1"),
-        (["img/a.jpg 0", "img/b.jpg 2"], None, r"1 of 3 classes have no image, the first is class 1 \(1\)"),
+        (["img/a.jpg 0", "img/b.jpg 2", "img/c.jpg 0"], None, r"1 of 3 classes have no image, the first is class 1"),
         (["img/a.jpg 0"], ["cat", "dog"], r"the first is class 1 \(dog\)"),
         (["img/a.jpg 0"], ["cat", ""], r"classes\.txt, line 2: no name"),
         (["img/a.jpg 0"], ["cat", "cat"], r"classes\.txt, line 2: the class cat again"),
+        (["img/a.jpg 0"], ["cat", "d\x1b[31mog"], r"classes\.txt, line 2: the name d\\x1b\[31mog"),
+        (["img/a.jpg " + "9" * 5000], None, "line 1"),
         ([], None, "lists no images"),
         (["imgs/a.jpg 0"], None, "there is no file .*imgs/a.jpg"),
     ],
@@ -66,4 +72,46 @@ def test_a_list_that_is_no_text_is_refused(tmp_path):
     make(tmp_path, ["img/a.jpg 0"])
     (tmp_path / "train.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="cannot be read as a text file"):
+        open_file_list(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    "text", ["\ufeffimg/a.jpg 0\r\nimg/b c.jpg 1\r\n", "img/a.jpg\t0\nimg/b c.jpg \t 1\n"], ids=["bom", "tab"]
+)
+def test_lists_of_windows_and_spreadsheets_are_read(tmp_path, text):
+    make(tmp_path, [])
+    (tmp_path / "train.txt").write_text(text)
+    source = open_file_list(tmp_path, "train")
+    assert source.paths == ("img/a.jpg", "img/b c.jpg")
+    assert source.targets.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("line", ["img/a.jpg,0", "img/b c.jpg,1", "img/a.jpg;0"])
+def test_another_separator_is_named(tmp_path, line):
+    with pytest.raises(UserError, match="line 1") as error:
+        open_file_list(make(tmp_path, [line]), "train")
+    assert (";" if ";" in line else ",") in error.value.fix
+    assert "blank" in error.value.fix
+
+
+def test_a_class_beyond_the_images_is_refused_before_it_takes_memory(tmp_path):
+    make(tmp_path, ["img/a.jpg 0", "img/b c.jpg 3000000"])
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="class 3000000"):
+            open_file_list(tmp_path, "train")
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(UserError, match="class 999999999"):
+        open_file_list(make(tmp_path, ["img/a.jpg 999999999"]), "train")
+
+
+@pytest.mark.parametrize("name", ["train.txt", "classes.txt"])
+@pytest.mark.parametrize("kind", ["folder", "dangling link"])
+def test_what_is_not_a_file_is_refused_by_its_name(tmp_path, name, kind):
+    make(tmp_path, ["img/a.jpg 0"])
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir() if kind == "folder" else (tmp_path / name).symlink_to("nowhere")
+    with pytest.raises(UserError, match=name):
         open_file_list(tmp_path, "train")

@@ -1,6 +1,8 @@
 """The three layouts hold the same images: read, batched, resumed, shared out and left out alike."""
 
+import os
 import pickle
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 
 from contextual_cnn.data import Augmentation, ImageData
 from contextual_cnn.data.sampler import BatchPlan, TrainSampler
-from contextual_cnn.data.sources import find_layout, open_source
+from contextual_cnn.data.sources import find_layout, open_source, write_exclude_list
 from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError
 from tests.data.layouts import LAYOUTS, flat_name, write_layout
@@ -124,6 +126,19 @@ def test_excluded_images_are_left_out_and_unknown_names_reported(roots, layout, 
     assert "lists 1 names that are not there, such as nowhere/x.jpg" in caplog.text
 
 
+def test_an_exclude_list_names_images_as_they_are_printed_or_as_the_disk_has_them(image_root, tmp_path):
+    root = write_layout("folders", image_root, tmp_path / "root")
+    names = [b"caf\xe9.jpg", b"a\nb.jpg", b"\xff.jpg", "ü.jpg".encode()]
+    for name in names:
+        shutil.copy(root / "train" / "class_0" / "0.JPEG", os.path.join(os.fsencode(root), b"train/class_0", name))
+    exclude = tmp_path / "exclude.txt"
+    write_exclude_list(exclude, [(r"train/class_0/caf\xe9.jpg", "bad"), (r"train/class_0/a\nb.jpg", "bad")])
+    with exclude.open("ab") as file:
+        file.write("train/class_0/ü.jpg\n".encode() + b"train/class_0/\xff.jpg\n")
+    source = ImageData(root=str(root), exclude=str(exclude)).sources["train"]
+    assert [source.name(i) for i in range(48)] == [f"train/class_{i // 8}/{i % 8}.JPEG" for i in range(48)]
+
+
 def test_only_the_open_splits_names_are_looked_for(roots, tmp_path, caplog):
     exclude = tmp_path / "exclude.txt"
     exclude.write_text("train/class_0/0.JPEG\n")
@@ -149,6 +164,7 @@ def test_two_layouts_in_one_root_must_be_chosen_from(roots, tmp_path):
         (dict(layout="shards"), "there are no shards .*train/"),
         (dict(repeats=0), "data.repeats must be 1 or more"),
         (dict(exclude="/nowhere.txt"), "/nowhere.txt cannot be read"),
+        (dict(exclude="/etc"), "/etc cannot be read"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(image_root, options, message):

@@ -1,8 +1,10 @@
 """Webdataset shards: DALI's own tools as witnesses, and tars and indices that lie."""
 
+import gzip
 import io
 import os
 import tarfile
+import tracemalloc
 
 import pytest
 from wds2idx import IndexCreator
@@ -104,6 +106,13 @@ HOSTILE = {
     "device": dict(name="a.jpg", type=tarfile.CHRTYPE, devmajor=1, devminor=5),
     "fifo": dict(name="a.jpg", type=tarfile.FIFOTYPE),
     "sparse": dict(name="a.jpg", pax_headers={"GNU.sparse.size": str(10**12), "GNU.sparse.map": "0,1"}),
+    "long name": dict(name="../" + "x" * 100_000),
+}
+# tarfile itself fails on these
+MALFORMED = {
+    "sparse map": {"GNU.sparse.size": "1", "GNU.sparse.map": "zero,one"},
+    "sparse number": {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "many"},
+    "name of 2 MB": {"path": "../" + "x" * 2_000_000},
 }
 
 
@@ -112,8 +121,50 @@ def test_hostile_members_are_refused(tmp_path, fields):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         add(archive, "fine.jpg")
         add(archive, **fields)
-    with pytest.raises(UserError, match=r"a\.tar holds "):
+    with pytest.raises(UserError, match=r"a\.tar holds ") as error:
         list_tar(tmp_path / "a.tar")
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("headers", MALFORMED.values(), ids=MALFORMED.keys())
+def test_headers_that_cannot_be_read_are_refused(tmp_path, headers):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        add(archive, "a.jpg", pax_headers=headers)
+    with pytest.raises(UserError, match=r"a\.tar") as error:
+        list_tar(tmp_path / "a.tar")
+    assert len(str(error.value)) < 1000
+
+
+def forged_size(size):
+    """The first header's size field, with a checksum that fits."""
+
+    def change(tar):
+        header = bytearray(tar[:512])
+        header[124:136] = size
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        return bytes(header) + tar[512:]
+
+    return change
+
+
+LIES = {
+    "8 GiB": forged_size(b"77777777777\0"),
+    "negative": forged_size(b"\xff" * 12),
+    "2**80": forged_size(b"\x80" + b"\0" + b"\1" + b"\0" * 9),
+    "no number": forged_size(b"9x9999999999"),
+    "gzip": gzip.compress,
+    "empty": lambda tar: b"",
+    "text": lambda tar: b"<html>404 not found</html>" * 100,
+}
+
+
+@pytest.mark.parametrize("change", LIES.values(), ids=LIES.keys())
+def test_a_tar_that_lies_about_sizes_or_is_none_is_refused(shard, change):
+    shard.write_bytes(change(shard.read_bytes()))
+    shard.with_suffix(".idx").unlink()
+    with pytest.raises(UserError, match=r"a\.tar"):
+        read_shard_index(shard)
 
 
 def test_a_tar_cut_anywhere_is_refused(shard):
@@ -152,6 +203,7 @@ def replaced(old, new):
         (replaced("jpg 512 100 ", "jpg 512 "), r"line 2: not \(extension offset size name\)"),
         (replaced("jpg 512 100 ", "jpg 1024 100 "), "holds something else"),
         (replaced("jpg 512 100 n000", "jpg 512 100 n009"), "holds something else"),
+        (replaced("jpg 512 ", f"jpg {'5' * 5000} "), "line 2"),
     ],
 )
 def test_an_index_that_does_not_fit_its_tar_is_refused(shard, change, message):
@@ -162,7 +214,9 @@ def test_an_index_that_does_not_fit_its_tar_is_refused(shard, change, message):
     assert error.value.fix.startswith(f"remove {index}")
 
 
-@pytest.mark.parametrize("text", ["", "0 1", "0 1 2 0 1 2 2", "x 1 2 0 1 2 0", "0 1 -2 0 1 2 0"])
+@pytest.mark.parametrize(
+    "text", ["", "0 1", "0 1 2 0 1 2 2", "x 1 2 0 1 2 0", "0 1 -2 0 1 2 0", f"0 {'1' * 20} 2 0 1 2 0"]
+)
 def test_classes_that_do_not_fit_the_tar_are_refused(shard, text):
     shard.with_suffix(".classes").write_text(text.replace(" ", "\n"))
     with pytest.raises(UserError, match=r"a\.classes does not hold the classes of the 7 samples"):
@@ -213,3 +267,28 @@ def test_more_shards_than_descriptors(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     del source
     assert len(os.listdir("/proc/self/fd")) <= open_now + 1
+
+
+@pytest.mark.parametrize("number", ["3000000", "9" * 16])
+def test_a_class_beyond_the_images_is_refused_before_it_takes_memory(tmp_path, number):
+    (tmp_path / "train").mkdir()
+    with tarfile.open(tmp_path / "train" / "a.tar", "w") as archive:
+        add(archive, "a.jpg")
+        add(archive, "a.cls", number.encode())
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=f"class {number}"):
+            open_tar_shards(tmp_path, "train")
+        assert tracemalloc.get_traced_memory()[1] < 5 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.timeout(20)  # to open a pipe waits for ever
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_what_is_called_a_shard_and_is_none_is_refused(shard, kind):
+    shard.unlink()
+    shard.with_suffix(".idx").unlink()
+    shard.mkdir() if kind == "folder" else os.mkfifo(shard)
+    with pytest.raises(UserError, match=r"a\.tar"):
+        read_shard_index(shard)

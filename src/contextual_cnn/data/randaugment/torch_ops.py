@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from contextual_cnn.data.randaugment.policy import GEOMETRY, ImageOps, Op, affine_matrices
+from contextual_cnn.data.transfer import to_device
 
-_SMOOTH = ((1, 1, 1), (1, 5, 1), (1, 1, 1))  # over 13: Pillow's ImageFilter.SMOOTH
+_SMOOTH = np.array(((1, 1, 1), (1, 5, 1), (1, 1, 1)), dtype=np.float64)  # over 13: Pillow's ImageFilter.SMOOTH
 
 
 def apply_ops(images: Tensor, ops: ImageOps, *, fill: tuple[int, ...], interpolation: str) -> Tensor:
@@ -26,17 +27,17 @@ def apply_ops(images: Tensor, ops: ImageOps, *, fill: tuple[int, ...], interpola
         for kind, function in _FUNCTIONS.items():
             chosen = np.flatnonzero(op == kind)
             if len(chosen):
-                argument = torch.from_numpy(ops.argument[chosen, layer]).view(-1, 1, 1, 1).to(images.device)
+                argument = to_device(ops.argument[chosen, layer].reshape(-1, 1, 1, 1), images.device)
                 _replace(images, chosen, lambda x, f=function, a=argument: f(x, a))
         moved = np.flatnonzero(np.isin(op, GEOMETRY))
         if len(moved):
-            matrix = torch.from_numpy(matrices[moved, layer]).to(images.device)
+            matrix = to_device(matrices[moved, layer], images.device)
             _replace(images, moved, lambda x, m=matrix: _warp(x, m, fill, interpolation))
     return images
 
 
 def _replace(images: Tensor, chosen: np.ndarray, function) -> None:
-    indices = torch.from_numpy(chosen).to(images.device)
+    indices = to_device(chosen, images.device)
     images[indices] = function(images[indices])
 
 
@@ -84,7 +85,7 @@ def _brightness(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _sharpness(x: Tensor, factor: Tensor) -> Tensor:
-    kernel = torch.tensor(_SMOOTH, dtype=torch.float64, device=x.device).expand(3, 1, 3, 3)
+    kernel = to_device(_SMOOTH, x.device).expand(3, 1, 3, 3)
     smooth = x.clone()
     sums = torch.nn.functional.conv2d(x.double(), kernel, groups=3)
     smooth[:, :, 1:-1, 1:-1] = (sums / 13 + 0.5).to(torch.uint8)  # Pillow leaves the border as it is
@@ -124,7 +125,7 @@ def _warp(x: Tensor, matrix: Tensor, fill: tuple[int, ...], interpolation: str) 
     along_x, along_y = ((source - 0.5 - floor).unsqueeze(1) for source, floor in ((source_x, left), (source_y, above)))
     rows = [combine([at(dx, dy) for dx in taps], along_x) for dy in taps]
     moved = combine(rows, along_y).clamp(0, 255).to(torch.uint8)
-    color = torch.tensor(fill, dtype=torch.uint8, device=x.device).view(3, 1, 1)
+    color = to_device(np.array(fill, dtype=np.uint8), x.device).view(3, 1, 1)
     return torch.where(inside.unsqueeze(1), moved, color)
 
 

@@ -4,10 +4,9 @@ There may be fewer classes than the model has (ImageNet-A and -R have 200). Thei
 numbers (ImageNetV2 has folders 0 to 999: positions in the training's order of classes, the sorted WordNet ids).
 """
 
-import os
 from pathlib import Path
 
-from contextual_cnn.data.sources.class_folders import describe_folder, list_class_folders
+from contextual_cnn.data.sources.class_folders import describe_folder, find_class_folders, list_class_folders
 from contextual_cnn.data.sources.source import ImageFiles
 from contextual_cnn.errors import UserError
 
@@ -29,9 +28,9 @@ def open_benchmark_folders(root: Path, split: str, classes: tuple[str, ...] | No
         )
     if not root.is_dir():
         raise UserError(f"data.root: looked for the folder {root}, found {describe_folder(root)}", "data.root=FOLDER")
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    targets = _targets(root, names, classes)
-    return list_class_folders(root, dict(sorted(targets.items(), key=lambda item: item[1])), classes)
+    found, beside = find_class_folders(root)
+    targets = sorted(_targets(root, list(found), classes).items(), key=lambda item: item[1])
+    return list_class_folders(root, {found[name]: target for name, target in targets}, classes, beside)
 
 
 def _targets(root: Path, names: list[str], classes: tuple[str, ...]) -> dict[str, int]:

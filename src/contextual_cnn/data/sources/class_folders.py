@@ -1,15 +1,28 @@
-"""Class folders, ImageNet's layout: ROOT/train/CLASS/IMAGE and ROOT/val/CLASS/IMAGE."""
+"""Class folders, ImageNet's layout: ROOT/train/CLASS/IMAGE and ROOT/val/CLASS/IMAGE.
+
+A class's name is that of its folder, made printable: what is not UTF-8 in it, and control characters, are escaped.
+"""
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from contextual_cnn.data.sources.folder_listing import (
+    IMAGE_EXTENSIONS,
+    describe_not_read,
+    entries_of,
+    is_folder,
+    kind_of,
+    list_images,
+)
 from contextual_cnn.data.sources.source import ImageFiles
 from contextual_cnn.errors import UserError
+from contextual_cnn.text import printable
 
-_EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+_MAC_LEFTOVER = "__MACOSX"  # what unpacking an archive from a Mac leaves beside the folders; it never holds an image
 _LAYOUT = (
     "set data.root=ROOT of ROOT/train/CLASS/IMAGE.jpg and ROOT/val/CLASS/IMAGE.jpg; lists and tar shards: "
     "docs/prepare-data.md"
@@ -19,7 +32,7 @@ _LAYOUT = (
 def open_class_folders(root: Path, split: str, classes: tuple[str, ...] | None = None) -> ImageFiles:
     """Lists one split, sorted by class and name, so that an index means the same image on every machine.
 
-    Hidden files and folders and files that are no images are passed over.
+    Subfolders of a class belong to it. Hidden files and folders are passed over, other files counted as not read.
 
     Args:
         classes: the classes that the targets refer to; None takes the split's own folders in sorted order.
@@ -30,13 +43,11 @@ def open_class_folders(root: Path, split: str, classes: tuple[str, ...] | None =
     folder = root / split
     if not folder.is_dir():
         raise UserError(f"data.root: looked for the folder {folder}, found {describe_folder(root)}", _LAYOUT)
-    found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    found, beside = find_class_folders(folder)
     if not found:
-        hint = (
-            f"a flat folder of images needs a list of their classes, {root / split}.txt"
-            if _images_in(folder)
-            else _LAYOUT
-        )
+        hint = _LAYOUT
+        if any(kind in IMAGE_EXTENSIONS for kind in beside):
+            hint = f"a flat folder of images needs a list of their classes, {root / split}.txt"
         raise UserError(f"data.root: {folder} has no class folders, found {describe_folder(folder)}", hint)
     if classes is not None and set(found) != set(classes):
         raise UserError(
@@ -44,36 +55,56 @@ def open_class_folders(root: Path, split: str, classes: tuple[str, ...] | None =
             "every split needs the same class folders as the model was trained on",
         )
     classes = classes if classes is not None else tuple(found)
-    return list_class_folders(root, {f"{split}/{name}": target for target, name in enumerate(classes)}, classes)
+    folders = {f"{split}/{found[name]}": target for target, name in enumerate(classes)}
+    return list_class_folders(root, folders, classes, beside)
 
 
-def list_class_folders(root: Path, folders: Mapping[str, int], classes: tuple[str, ...]) -> ImageFiles:
-    """The images of each folder by name, folder after folder.
+def find_class_folders(folder: Path) -> tuple[dict[str, str], Counter[str]]:
+    """Each class's folder, sorted by the folders' names; and the kinds of the files beside them, which are not read."""
+    names, beside = [], Counter()
+    for entry in entries_of(folder):
+        if is_folder(entry) and entry.name != _MAC_LEFTOVER:
+            names.append(entry.name)
+        else:
+            beside[_MAC_LEFTOVER if entry.name == _MAC_LEFTOVER else kind_of(entry)] += 1
+    found: dict[str, str] = {}
+    for name in sorted(names):
+        if printable(name) in found:
+            raise UserError(f"data.root: {folder} has two folders for the class {name}", "rename one of them")
+        found[printable(name)] = name
+    return found, beside
+
+
+def list_class_folders(
+    root: Path, folders: Mapping[str, int], classes: tuple[str, ...], beside: Counter[str]
+) -> ImageFiles:
+    """The images of each folder, folder after folder.
 
     Args:
         folders: path below the root -> position in `classes`.
+        beside: files beside the folders, by kind.
 
     Raises:
         UserError: a folder has no image.
     """
     paths: list[str] = []
     targets: list[int] = []
+    not_read = Counter({f"{kind} beside the class folders": count for kind, count in beside.items()})
     for folder, target in folders.items():
-        images = _images_in(root / folder)
+        images, others = list_images(root / folder)
         if not images:
             # An empty class would shift no label here, but it is always a broken copy
-            raise UserError(f"data.root: class folder {root / folder} has no images", "restore or remove the folder")
+            found, fix = "", "restore or remove the folder"
+            if others:
+                found, fix = (
+                    f", but {describe_not_read(others)}",
+                    f"convert them; {', '.join(IMAGE_EXTENSIONS)} are read",
+                )
+            raise UserError(f"data.root: class folder {root / folder} has no images{found}", fix)
         paths += [f"{folder}/{image}" for image in images]
         targets += [target] * len(images)
-    return ImageFiles(root, classes, tuple(paths), np.array(targets, dtype=np.int64))
-
-
-def _images_in(folder: Path) -> list[str]:
-    return sorted(
-        entry.name
-        for entry in os.scandir(folder)
-        if entry.name.lower().endswith(_EXTENSIONS) and not entry.name.startswith(".") and entry.is_file()
-    )
+        not_read += others
+    return ImageFiles(root, classes, tuple(paths), np.array(targets, dtype=np.int64), not_read)
 
 
 def describe_folder(folder: Path) -> str:
@@ -89,7 +120,7 @@ def describe_folder(folder: Path) -> str:
     return f"in {folder}: {', '.join(names[:4])}{more}"
 
 
-def _difference(found: list[str], expected: tuple[str, ...]) -> str:
+def _difference(found: Mapping[str, str], expected: tuple[str, ...]) -> str:
     extra, missing = sorted(set(found) - set(expected))[:3], sorted(set(expected) - set(found))[:3]
     parts = [
         f"unexpected: {', '.join(extra)}" if extra else "",

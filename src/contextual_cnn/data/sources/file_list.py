@@ -1,10 +1,13 @@
 """Images in any folders below the root, and a list with the class of each: ROOT/train.txt and ROOT/val.txt.
 
-A line is `relative/path class_index`. Files are not looked for one by one at opening, which would take minutes on a
-network file system: scripts/check_data.py does that, and reading names the file that is missing.
+A line is `relative/path class_index`, with blanks or tabs in between. Files are not looked for one by one at opening,
+which would take minutes on a network file system: scripts/check_data.py does that, and reading names the file that is
+missing.
 """
 
+import os
 import posixpath
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,8 @@ from contextual_cnn.data.sources.class_names import (
 from contextual_cnn.data.sources.source import ImageFiles
 from contextual_cnn.errors import UserError
 
+_LINE = "`relative/path class_index`"
+
 
 def open_file_list(root: Path, split: str, classes: tuple[str, ...] | None = None) -> ImageFiles:
     """Reads the list of one split; an image's index is its place in the list.
@@ -30,7 +35,8 @@ def open_file_list(root: Path, split: str, classes: tuple[str, ...] | None = Non
     """
     file = root / f"{split}.txt"
     if not file.is_file():
-        raise UserError(f"data.root: there is no list {file}", "its lines are `relative/path class_index`")
+        found = f"{file} is not a file" if os.path.lexists(file) else f"there is no list {file}"
+        raise UserError(f"data.root: {found}", f"its lines are {_LINE}")
     names = read_class_names(root, classes)
     lines_of: dict[str, int] = {}
     targets: list[int] = []
@@ -49,21 +55,22 @@ def open_file_list(root: Path, split: str, classes: tuple[str, ...] | None = Non
         lines_of[path] = number
         targets.append(target)
     if not targets:
-        raise UserError(f"{file} lists no images", "a line is `relative/path class_index`")
+        raise UserError(f"{file} lists no images", f"a line is {_LINE}")
     paths, targets = tuple(lines_of), np.array(targets, dtype=np.int64)
     if not (root / paths[0]).is_file():
         raise UserError(f"{file} begins with {paths[0]}, but there is no file {root / paths[0]}", "set data.root=ROOT")
-    names = names if names is not None else number_classes(targets)
+    names = names if names is not None else number_classes(targets, file)
     if classes is None:  # a val split may be a sample without every class
         check_no_class_is_empty(names, targets, file)
     return ImageFiles(root, names, paths, targets)
 
 
 def _parse(line: str, where: str) -> tuple[str, int]:
-    path, _, target = line.rpartition(" ")
-    path, target = path.strip(), target.strip()
+    path, target = ["", *line.rsplit(maxsplit=1)][-2:]
     if not path or not target.isdecimal() or len(target) > 9:
-        raise UserError(f"{where}: {line[:80]!r} is not `relative/path class_index`", "class indices count from 0")
+        separator = re.fullmatch(r".+([,;|])\s*\d+", line)
+        fix = f"a blank or a tab instead of {separator[1]!r}" if separator else "class indices count from 0"
+        raise UserError(f"{where}: {line[:80]!r} is not {_LINE}", fix)
     if path.startswith("/") or ".." in path.split("/") or not path.isprintable():
         raise UserError(f"{where}: {path!r} is no path below the root", "list paths relative to data.root, without ..")
     return posixpath.normpath(path), int(target)

@@ -1,12 +1,12 @@
 """Which layout a root has, and opening a split of it."""
 
-import os
 from pathlib import Path
 from typing import Literal
 
 from contextual_cnn.data.sources.benchmark_folders import open_benchmark_folders
 from contextual_cnn.data.sources.class_folders import open_class_folders
 from contextual_cnn.data.sources.file_list import open_file_list
+from contextual_cnn.data.sources.folder_listing import entries_of, is_folder
 from contextual_cnn.data.sources.source import ImageSource
 from contextual_cnn.data.sources.synthetic import open_synthetic
 from contextual_cnn.data.sources.tar_shards import open_tar_shards, shards_of
@@ -57,6 +57,4 @@ def open_source(root: Path, split: str, layout: Layout, classes: tuple[str, ...]
 
 
 def _has_folders(folder: Path) -> bool:
-    if not folder.is_dir():
-        return False
-    return any(entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(folder))
+    return folder.is_dir() and any(map(is_folder, entries_of(folder)))

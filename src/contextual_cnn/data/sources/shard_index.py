@@ -45,9 +45,14 @@ def read_shard_index(shard: Path) -> ShardIndex:
     Raises:
         UserError: naming the shard and the sample, if anything does not fit together.
     """
+    if not shard.is_file():  # to open a pipe would wait for somebody who writes
+        raise UserError(f"{shard} is no file", "remove it, or copy the shard again")
     index, classes = shard.with_suffix(".idx"), shard.with_suffix(".classes")
-    members = _read_idx(index, shard) if index.is_file() else list_tar(shard)
-    return _read_samples(shard, members, classes if classes.is_file() else None)
+    try:
+        members = _read_idx(index, shard) if index.is_file() else list_tar(shard)
+        return _read_samples(shard, members, classes if classes.is_file() else None)
+    except OSError as error:
+        raise UserError(f"{shard} cannot be read: {error}", "make it readable, or copy it again") from error
 
 
 def _read_samples(shard: Path, members: list[TarMember], classes: Path | None) -> ShardIndex:
@@ -112,7 +117,7 @@ def _read_idx(index: Path, shard: Path) -> list[TarMember]:
         if len(fields) % 4:
             raise UserError(f"{index}, line {number}: not (extension offset size name) for each member", stale)
         for _, offset, size, name in zip(*(iter(fields),) * 4, strict=True):
-            if not (offset.isdecimal() and size.isdecimal() and BLOCK <= int(offset) <= end - int(size)):
+            if not (_is_number(offset) and _is_number(size) and BLOCK <= int(offset) <= end - int(size)):
                 raise UserError(f"{index}, line {number}: {name!r} at {offset}, {size} bytes, is not in {shard}", stale)
             members.append(TarMember(name, int(offset), int(size)))
     with shard.open("rb") as file:
@@ -151,12 +156,10 @@ def _read_classes(shard: Path, members: list[TarMember], file: Path | None) -> l
     with shard.open("rb") as tar:
         if file is None:
             return [_read_class(tar.fileno(), member, shard) for member in members]
-        try:
-            classes = [int(line) for line in read_lines(file)]
-        except ValueError:
-            classes = []
+        lines = read_lines(file)
+        classes = [int(line) for line in lines] if all(map(_is_number, lines)) else []
         ends = [(i, _read_class(tar.fileno(), members[i], shard)) for i in (0, -1)]
-    if len(classes) != len(members) or any(classes[i] != target for i, target in ends) or min(classes) < 0:
+    if len(classes) != len(members) or any(classes[i] != target for i, target in ends):
         raise UserError(f"{file} does not hold the classes of the {len(members)} samples of {shard}", f"remove {file}")
     return classes
 
@@ -168,6 +171,11 @@ def _read_class(descriptor: int, member: TarMember, shard: Path) -> int:
             f"{shard}: {member.name!r} holds {text!r}, no class index", "a .cls member is a number in ASCII"
         )
     return int(text)
+
+
+def _is_number(text: str) -> bool:
+    """Whether it is one that 64 bits hold."""
+    return text.isascii() and text.isdigit() and len(text) <= _LONGEST_CLASS
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -1,11 +1,14 @@
 """What every source of images offers, so that one sampler, one reader and one check serve them all."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from contextual_cnn.text import printable
 
 
 class ImageSource(ABC):
@@ -16,17 +19,21 @@ class ImageSource(ABC):
     Attributes:
         classes: the names of the classes.
         targets: (N,) int64, the position of an image's class in `classes`.
+        not_read: how many files lie among the images and are left out, by kind (".heic": 5).
     """
 
     classes: tuple[str, ...]
     targets: np.ndarray
+    not_read: Counter[str] = Counter()  # noqa: RUF012 - nobody changes it
 
     def __len__(self) -> int:
         return len(self.targets)
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What messages and exclude lists call an image: its path below the root, `:` and a member for an archive."""
+        """What messages, tables and exclude lists call an image: its path below the root, printable (`text.printable`);
+        `:` and a member for an archive.
+        """
 
     @abstractmethod
     def read(self, index: int) -> bytes:
@@ -39,15 +46,16 @@ class ImageSource(ABC):
 
 @dataclass(frozen=True)
 class ImageFiles(ImageSource):
-    """Images that are files. paths: relative to root, with forward slashes."""
+    """Images that are files. paths: relative to root, with forward slashes, as the disk has them."""
 
     root: Path
     classes: tuple[str, ...]
     paths: tuple[str, ...]
     targets: np.ndarray
+    not_read: Counter[str] = field(default_factory=Counter)
 
     def name(self, index: int) -> str:
-        return self.paths[index]
+        return printable(self.paths[index])
 
     def read(self, index: int) -> bytes:
         with open(f"{self.root}/{self.paths[index]}", "rb", buffering=0) as file:
@@ -55,4 +63,5 @@ class ImageFiles(ImageSource):
 
     def take(self, indices: Sequence[int]) -> "ImageFiles":
         paths = tuple(self.paths[index] for index in indices)
-        return ImageFiles(self.root, self.classes, paths, self.targets[np.asarray(indices, dtype=np.int64)])
+        targets = self.targets[np.asarray(indices, dtype=np.int64)]
+        return ImageFiles(self.root, self.classes, paths, targets, self.not_read)

@@ -7,11 +7,13 @@ devices, sparse files) is refused, and so are names that lead out of the archive
 import os
 import tarfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from contextual_cnn.errors import UserError
+from contextual_cnn.text import shorten
 
 BLOCK = 512
+_LONGEST_HEADER = 2**20  # bytes; the name of a file has 4 kB at most
 
 
 class TarMember(NamedTuple):
@@ -36,7 +38,8 @@ def list_tar(path: Path, start: int = 0, end: int | None = None) -> list[TarMemb
         with path.open("rb") as file:
             end = os.fstat(file.fileno()).st_size if end is None else end
             file.seek(start)
-            archive = tarfile.open(fileobj=file, mode="r:", errorlevel=2)  # noqa: SIM115 - nothing to close but file
+            headers = _Headers(file)
+            archive = tarfile.open(fileobj=headers, mode="r:", errorlevel=2)  # noqa: SIM115 - nothing to close but file
             while (info := archive.next()) is not None:
                 archive.members = []  # or it would keep every header
                 if not info.isdir():
@@ -46,11 +49,26 @@ def list_tar(path: Path, start: int = 0, end: int | None = None) -> list[TarMemb
             # tarfile takes a damaged header for the end; the real one is a block of zeros
             if archive.offset + BLOCK > end or os.pread(file.fileno(), BLOCK, archive.offset).strip(b"\0"):
                 raise tarfile.ReadError(f"no end mark at byte {archive.offset}")
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # tarfile raises anything about a hostile header, from ValueError to RecursionError
         raise UserError(
             f"{path} cannot be read as a tar, it may be cut short: {error}", "copy or write the file again"
         ) from error
     return members
+
+
+class _Headers:
+    """A tar's file for tarfile, which reads a header into memory whole, however long it claims to be."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if size > _LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(size)
 
 
 def check_member(info: tarfile.TarInfo, path: Path) -> TarMember:
@@ -61,12 +79,12 @@ def check_member(info: tarfile.TarInfo, path: Path) -> TarMember:
     """
     if not info.isreg() or info.issparse():
         raise UserError(
-            f"{path} holds {info.name!r}, which is a link, a device or a sparse file",
+            f"{path} holds {shorten(info.name)!r}, which is a link, a device or a sparse file",
             "only plain files are read; get the archive from a source that you trust",
         )
     if info.name.startswith("/") or ".." in info.name.split("/") or not info.name.isprintable():
         raise UserError(
-            f"{path} holds {info.name!r}, a name that leads out of the archive or cannot be printed",
+            f"{path} holds {shorten(info.name)!r}, a name that leads out of the archive or cannot be printed",
             "get the archive from a source that you trust",
         )
     return TarMember(info.name, info.offset_data, info.size)

@@ -14,6 +14,7 @@ from contextual_cnn.data.sources.class_names import check_no_class_is_empty, num
 from contextual_cnn.data.sources.shard_index import read_shard_index
 from contextual_cnn.data.sources.source import ImageSource
 from contextual_cnn.errors import UserError
+from contextual_cnn.text import printable
 
 _INDEX_READERS = 16
 
@@ -47,7 +48,7 @@ def open_tar_shards(root: Path, split: str, classes: tuple[str, ...] | None = No
                 f"{shard} holds class {index.targets.max()}, but there are {len(names)} classes, 0 to {len(names) - 1}",
                 f"correct {root / 'classes.txt'}",
             )
-    names = names if names is not None else number_classes(targets)
+    names = names if names is not None else number_classes(targets, root / split)
     if classes is None:
         check_no_class_is_empty(names, targets, root / split)
     return TarShards(
@@ -80,7 +81,7 @@ class TarShards(ImageSource):
         self.root, self.classes, self.targets = root, classes, targets
         self.shard_of = shard_of
         self._files, self._offsets, self._sizes, self._members = files, offsets, sizes, members
-        self._shards = [os.path.relpath(path, root) for path in files.paths]
+        self._shards = [printable(os.path.relpath(path, root)) for path in files.paths]
 
     @property
     def shard_sizes(self) -> np.ndarray:
