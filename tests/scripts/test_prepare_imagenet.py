@@ -289,6 +289,15 @@ def test_a_devkit_that_unpacks_to_too_much_is_refused_early(spoiled, prepare, tm
     assert "unpacks to more than a development kit has" in printed
 
 
+def test_a_devkit_with_a_header_that_cannot_be_read_is_refused(spoiled, prepare, tmp_path):
+    headers = {"GNU.sparse.size": "1", "GNU.sparse.map": "zero,one"}
+    (spoiled / DEVKIT).write_bytes(tar_of([("meta.mat", b"x")], "w:gz", pax_headers=headers))
+    write_sums(spoiled)
+    status, printed = prepare(spoiled, tmp_path / "root")
+    assert status == 2
+    assert f"{DEVKIT} cannot be read" in printed
+
+
 @pytest.mark.parametrize("archive", [TRAIN, VAL, DEVKIT])
 def test_a_changed_bit_is_found_by_the_sum(spoiled, prepare, tmp_path, archive):
     data = bytearray((spoiled / archive).read_bytes())

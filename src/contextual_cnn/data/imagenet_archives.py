@@ -9,7 +9,6 @@ import hashlib
 import io
 import re
 import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -130,7 +129,9 @@ def _read_from_devkit(path: Path, names: tuple[str, ...]) -> dict[str, bytes]:
                 if name in names:
                     check_member(info, path)
                     found[name] = archive.extractfile(info).read()
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+    except UserError:
+        raise
+    except Exception as error:  # zlib and tarfile raise anything about hostile bytes
         raise UserError(f"{path} cannot be read: {error}", "download it again") from error
     if missing := [name for name in names if name not in found]:
         raise UserError(f"{path} holds no {' and no '.join(missing)}", f"use the official {path.name}")
