@@ -10,9 +10,11 @@ from torch import nn
 
 from contextual_cnn import cli
 from contextual_cnn.checkpoint import find_checkpoint, load_checkpoint
+from contextual_cnn.checkpoint_entries import choose_weights, require_entries
 from contextual_cnn.data import ImageData
 from contextual_cnn.errors import UserError
 from contextual_cnn.models import build_model
+from contextual_cnn.models.restore import restore_model
 
 _SCHEMA = {"model": cli.Group(build_model), "data": cli.Group(ImageData)}
 
@@ -65,14 +67,24 @@ def load_model(checkpoint: str, weights: str = "auto", data: Mapping[str, Any] |
     """
     path = find_checkpoint(checkpoint)
     state = load_checkpoint(path)
+    require_entries(state, path, "config", "classes", "best", "ema")
+    name, tensors = choose_weights(state, weights)
+    try:
+        _check_config(state["config"], len(state["classes"]))
+        model = restore_model(state["config"]["model"], tensors)
+    except UserError as error:  # of keys that are in the file
+        raise UserError(
+            f"{path}: {error.cause}", "use another checkpoint, or the version that wrote this one"
+        ) from error
     config = state["config"] | {"data": state["config"]["data"] | dict(data or {})}
-    cli.check_config({key: config[key] for key in _SCHEMA}, _SCHEMA)  # a checkpoint's config is somebody's input too
-    weights = state["best"]["weights"] if weights == "auto" else weights
-    if weights == "ema" and state["ema"] is None:
-        raise UserError("weights=ema, but the checkpoint holds no moving average", "weights=raw")
-    model = build_model(**config["model"] | {"weights": None})
-    model.load_state_dict(state["model" if weights == "raw" else "ema"])
-    return Trained(model.eval(), weights, path, state["step"], tuple(state["classes"]), config)
+    return Trained(model.eval(), name, path, state["step"], tuple(state["classes"]), config)
+
+
+def _check_config(config: Mapping[str, Any], classes: int) -> None:
+    """A checkpoint's config is somebody's input too."""
+    cli.check_config({group: config.get(group) for group in _SCHEMA}, _SCHEMA)
+    if config["model"]["num_classes"] != classes:
+        raise UserError(f"a model of {config['model']['num_classes']} classes with the names of {classes}", "")
 
 
 def describe_classes(classes: tuple[str, ...]) -> dict[str, str]:
