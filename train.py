@@ -62,7 +62,9 @@ SCHEMA = {
 @record  # inside Hydra, or torchrun would not see a failure's traceback
 @cli.job
 def main(hydra_config: DictConfig) -> None:
+    cli.check_sweep(hydra_config, "run_name")
     config = cli.read_config(hydra_config, SCHEMA)
+    cli.check_run_name(config["run_name"])
     if config["seed"] < 0:
         raise UserError(f"seed must be 0 or more, got {config['seed']}", "seed=0")
     settings = TrainerSettings(**config["trainer"])

@@ -1,6 +1,5 @@
 """Checkpoints: whole or not at all, and never trusted."""
 
-import hashlib
 import os
 import random
 import threading
@@ -10,13 +9,13 @@ import torch
 
 from contextual_cnn.checkpoint import (
     DamagedCheckpoint,
-    Manifest,
     find_checkpoint,
     load_checkpoint,
     step_of,
     write_checkpoint,
 )
 from contextual_cnn.errors import UserError
+from tests.hostile import compressed, write_bytes, write_whole
 
 
 def state(**changes):
@@ -138,13 +137,6 @@ class Payload:
         return os.mkdir, (self.marker,)
 
 
-def write_whole(content, path):
-    """Any file, with a manifest that fits it."""
-    torch.save(content, path)
-    data = path.read_bytes()
-    path.write_bytes(data + Manifest(len(data), hashlib.sha256(data).hexdigest(), 7).line())
-
-
 def test_what_is_no_checkpoint_is_refused_and_not_run(tmp_path):
     path, marker = tmp_path / "x.pt", tmp_path / "was_run"
     write_whole({"format": 1, "model": Payload(str(marker))}, path)
@@ -161,6 +153,71 @@ def test_what_is_no_checkpoint_is_refused_and_not_run(tmp_path):
         load_checkpoint(tmp_path / "nowhere.pt")
     write_whole(state(format=1), path)
     assert load_checkpoint(path)["step"] == 7  # older formats go on being read
+
+
+ITSELF = []
+ITSELF.append(ITSELF)
+LAUGHS = [[[[[[0] * 10] * 10] * 10] * 10] * 10] * 10  # six lists in memory, a million numbers when written out
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        dict(format="2"), dict(format=None), dict(format=True), dict(format=0.5),
+        dict(model=None), dict(model=[1]), dict(model={"w": 1}), dict(model={1: torch.ones(1)}),
+        dict(model={"w": torch.ones(2).to_sparse()}), dict(model={"w": torch.zeros(1).expand(10**12)}),
+        dict(ema={"w": "text"}), dict(ema=[torch.ones(1)]), dict(ema={"w": torch.zeros(1).expand(10**9)}),
+        dict(step=-1), dict(step="7"), dict(step=7.0), dict(step=None), dict(epoch=True), dict(ended_step="1"),
+        dict(config=None), dict(config=["model"]), dict(config={1: 2}), dict(config={"model": torch.ones(1)}),
+        dict(config={"model": ITSELF}), dict(config={"model": LAUGHS}),
+        dict(classes=None), dict(classes="ab"), dict(classes=[1, 2]), dict(classes=[]),
+        dict(best=None), dict(best={}), dict(best={"top1": "high", "epoch": 1, "weights": "raw"}),
+        dict(best={"top1": float("nan"), "epoch": 1, "weights": "raw"}),
+        dict(best={"top1": 1.0, "epoch": 1, "weights": "both"}),
+        dict(best={"top1": 1.0, "epoch": 1, "weights": torch.ones(2)}),
+        dict(optimizer=[]), dict(images="9"), dict(listing=1), dict(batches=[1]), dict(batches=["2", 4]),
+    ],
+    ids=lambda entries: next(iter(entries)),
+)  # fmt: skip
+def test_an_entry_of_another_type_is_refused(entries, tmp_path):
+    path = write_whole({"format": 2} | state(**entries), tmp_path / "x.pt")
+    with pytest.raises(UserError, match=next(iter(entries))):
+        load_checkpoint(path)
+
+
+def test_a_manifest_of_another_type_is_none(tmp_path):
+    path = tmp_path / "x.pt"
+    write_checkpoint(state(), path)
+    content = path.read_bytes()
+    for before, after in ((b'"step": 7', b'"step": "7"'), (b'"step": 7', b'"step": -7'), (b'"bytes": ', b'"bytes": -')):
+        path.write_bytes(content.replace(before, after))
+        assert step_of(path) is None
+        with pytest.raises(DamagedCheckpoint):
+            load_checkpoint(path)
+
+
+def test_only_a_zip_file_that_is_stored_is_read(tmp_path):
+    """A few kilobytes could become gigabytes; torch's older formats are read by other code."""
+    zeros = {"format": 2} | state(model={"w": torch.zeros(10**6)})
+    assert len(compressed(zeros)) < 10_000
+    path = write_bytes(compressed(zeros), tmp_path / "x.pt")
+    with pytest.raises(UserError, match="compressed"):
+        load_checkpoint(path)
+    old = write_whole({"format": 2} | state(), tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError):
+        load_checkpoint(old)
+    stored = write_whole({"format": 2} | state(), tmp_path / "stored.pt").read_bytes()
+    both = write_bytes(old.read_bytes() + stored[: stored.rindex(b"\ncontextual-cnn")], tmp_path / "x.pt")
+    with pytest.raises(UserError):
+        load_checkpoint(both)
+
+
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path):
+    (tmp_path / "folder.pt").mkdir()
+    os.mkfifo(tmp_path / "pipe.pt")
+    for name in ("folder.pt", "pipe.pt"):
+        with pytest.raises(DamagedCheckpoint, match=name):
+            load_checkpoint(tmp_path / name)
 
 
 def test_a_run_folder_means_its_best_checkpoint(tmp_path):

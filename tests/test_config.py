@@ -1,18 +1,22 @@
 """Every YAML composes and builds; every mistake is explained. Through Hydra, as a user meets it."""
 
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
+import hydra
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 
 import evaluate
 import train
 from contextual_cnn import cli
 from contextual_cnn.contracts import StagedScores
-from contextual_cnn.data import Augmentation
+from contextual_cnn.data import Augmentation, ImageData
 from contextual_cnn.engine.checkpoint_store import CheckpointStore
 from contextual_cnn.engine.trainer_settings import TrainerSettings
 from contextual_cnn.errors import UserError
@@ -34,13 +38,47 @@ OPTIONS = [
 
 @pytest.fixture(autouse=True)
 def _fresh_hydra():
+    HydraConfig.instance().cfg = None  # what a command before has left
     yield
     GlobalHydra.instance().clear()
+    HydraConfig.instance().cfg = None
 
 
 def composed(*overrides):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return cli.read_config(compose("train", [f"data.root={CONF}", *overrides]), train.SCHEMA)
+
+
+def refused(arguments, monkeypatch, capsys, script=train):
+    """A command that ends with status 2: cause and fix, without the words around them."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments])
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    cli._wants_traceback.cache_clear()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(script.main)
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2, printed
+    assert "Traceback" not in printed
+    assert len(printed.splitlines()) == 2, printed
+    cause, fix = printed.splitlines()
+    assert cause.startswith("error: ")
+    return cause.removeprefix("error: "), fix.removeprefix("  fix: ")
+
+
+def read(arguments, monkeypatch, script=train):
+    """The configs of all jobs of a command that does nothing else."""
+    seen = []
+    folder, name = (CONF, "train") if script is train else (CONF / "evaluate", "evaluate")
+
+    @hydra.main(version_base="1.3", config_path=str(folder), config_name=name)
+    @cli.job
+    def main(config):
+        seen.append(cli.read_config(config, script.SCHEMA))
+
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments])
+    cli.run(main)
+    return seen
 
 
 def test_every_group_has_options():
@@ -144,6 +182,22 @@ MISTAKES = [
         "did you mean resnet50, ",
     ),
     (["data.root=x", "data.limit=0"], "data.limit must be 1 or more", "data.limit=1"),
+    (["data.root=x", "experiment=table4_a22"], "no experiment named table4_a22", "experiment=table4_a2?"),
+    (["data.root=x", "run_name="], "run_name=''", "run_name=NAME"),
+    (["data.root=x", "run_name=.."], "run_name='..'", "run_name=NAME"),
+    (["data.root=x", "run_name=."], "run_name='.'", "run_name=NAME"),
+    (["data.root=x", "run_name=../esc"], "run_name='../esc'", "run_name=NAME"),
+    (["data.root=x", "run_name=a/../../b"], "run_name='a/../../b'", "run_name=NAME"),
+    (["data.root=x", "run_name=/abs"], "run_name='/abs'", "run_name=NAME"),
+    (["data.root=x", "run_name=a//b"], "run_name='a//b'", "run_name=NAME"),
+    (["data.root=x", "run_name=' a'"], "run_name=' a'", "run_name=NAME"),
+    (["data.root=x", 'run_name="a\nerror: b"'], r"run_name=a\nerror: b has", "run_name=TEXT"),
+    (["data.root=x", "run_name='a\x1b[31m'"], r"run_name=a\x1b[31m has", "run_name=TEXT"),
+    (["data.root=x", "run_name='a\u202eb'"], r"run_name=a\u202eb has", "run_name=TEXT"),
+    (["data.root='x\x07'"], r"data.root=x\x07 has", "data.root=TEXT"),
+    (["data.root=x", "output_dir='x\ry'"], r"output_dir=x\ry has", "output_dir=TEXT"),
+    (["data.root=x", "model.timm_options={patch_size: nan}"], "not a finite number", "model.timm_options"),
+    (["data.root=IMAGES", "trainer=smoke", "model=timm", "model.name=resnet18.a1_in1k"], "a1_in1k", "=resnet18 "),
 ]
 
 
@@ -152,27 +206,23 @@ MISTAKES = [
 )
 def test_mistakes_get_a_cause_a_fix_and_status_2(arguments, cause, fix, image_root, tmp_path, monkeypatch, capsys):
     arguments = [argument.replace("IMAGES", str(image_root)) for argument in arguments]
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments, f"output_dir={tmp_path}"])
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    cli._wants_traceback.cache_clear()
-    with pytest.raises(SystemExit) as stopped:
-        cli.run(train.main)
-    printed = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert printed.splitlines()[0].startswith("error: ")
-    assert cause in printed.splitlines()[0]
-    assert fix in printed.splitlines()[1]
-    assert "Traceback" not in printed
+    if not any(argument.startswith("output_dir=") for argument in arguments):
+        arguments.append(f"output_dir={tmp_path}")
+    found = refused(arguments, monkeypatch, capsys)
+    assert cause in found[0]
+    assert fix in found[1]
     assert not list(tmp_path.iterdir())  # nothing was started
 
 
 OUT_OF_RANGE = [
-    "optimizer.lr=-1", "optimizer.lr=.nan", "optimizer.lr=.inf", "optimizer.weight_decay=-0.1",
+    "optimizer.lr=-1", "optimizer.lr=nan", "optimizer.lr=inf", "optimizer.weight_decay=-0.1",
     "schedule.warmup_epochs=-1", "schedule.epochs=0", "trainer.log_every=0", "trainer.max_steps=0",
     "trainer.global_batch_size=0", "trainer.micro_batch_size=-4", "trainer.ema_decay=1.0", "trainer.grad_clip=0",
     "trainer.timeout_minutes=0", "trainer.max_time=0", "data.threads=0", "data.prefetch=0", "data.eval_batch_size=0",
     "data.image_size=16", "data.crop_pct=1.5", "data.max_bad_images=-1", "data.repeats=0", "augment.mixup=-1",
-    "augment.label_smoothing=1.5", "augment.erasing=2", "loss.alpha=-1", "loss.alpha=.nan",
+    "augment.label_smoothing=1.5", "augment.erasing=2", "loss.alpha=-1", "loss.alpha=nan",
+    "optimizer.betas=[1,1]", "optimizer.betas=[0.9,0.9,0.9]", "optimizer.eps=-1", "trainer.grad_clip=nan",
+    "checkpoint.every_minutes=nan", "data.std=[]", "data.std=[0,0.5,0.5]", "data.threads=100000",
     "checkpoint.every_epochs=0", "checkpoint.every_minutes=-1", "model.drop_path_rate=1", "model.drop_rate=-0.5",
     "seed=-1",
 ]  # fmt: skip
@@ -190,6 +240,46 @@ def test_numbers_out_of_range_are_refused(argument, image_root, tmp_path, monkey
     assert stopped.value.code == 2
     assert argument.split("=")[0].split(".")[-1] in printed.splitlines()[0]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return composed("model=contextual_convnext_atto")
+
+
+def start(config, root):
+    """What train.py makes of a config before a run folder is made."""
+    cli.check_config(config, train.SCHEMA)
+    TrainerSettings(**config["trainer"])
+    Augmentation(**config["augment"])
+    ImageData(**config["data"] | {"root": str(root)})
+    CheckpointStore(Path(), **config["checkpoint"])
+    with torch.device("meta"):
+        build_model(**config["model"] | {"num_classes": 10})
+    build_schedule(build_optimizer(torch.nn.Linear(2, 2), **config["optimizer"]), 10, **config["schedule"])
+
+
+NAN, INF = float("nan"), float("inf")
+NUMBERS = [
+    ("optimizer.betas", [-0.1, 0.9]), ("optimizer.betas", [0.9, NAN]), ("optimizer.betas", []), ("optimizer.eps", NAN),
+    ("optimizer.lr_base_size", 0), ("trainer.grad_clip", INF), ("trainer.timeout_minutes", NAN),
+    ("trainer.ema_decay", NAN), ("trainer.max_time", NAN), ("checkpoint.every_minutes", INF), ("schedule.min_lr", -1),
+    ("schedule.min_lr", NAN), ("schedule.warmup_lr", INF), ("schedule.decay_rate", NAN), ("schedule.decay_rate", 0),
+    ("augment.mixup", INF), ("augment.cutmix", NAN), ("augment.color_jitter", NAN), ("augment.scale", [0.1, NAN]),
+    ("augment.ratio", [1, INF]), ("augment.hflip", NAN), ("data.std", [0.5, 0.5, NAN]), ("data.std", [0.5, 0.5]),
+    ("data.std", [0.5, 0.5, -0.5]), ("data.mean", [0.5]), ("data.mean", [INF, 0, 0]), ("data.crop_pct", NAN),
+    ("model.layer_scale", NAN), ("model.drop_rate", NAN), ("model.embedding_dim", 0), ("model.embedding_dim", 10**6),
+    ("model.contextual_every", 0), ("model.timm_options", {"patch_size": [2, INF]}), ("logger.patience", INF),
+    ("loss.alpha", INF),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), NUMBERS, ids=[f"{key}={value}" for key, value in NUMBERS])
+def test_numbers_that_make_no_sense_are_refused(key, value, recipe, image_root):
+    group, _, name = key.partition(".")
+    start(recipe, image_root)
+    with pytest.raises(UserError, match=name):
+        start(recipe | {group: recipe[group] | {name: value}}, image_root)
 
 
 def test_a_slip_in_any_key_is_answered_with_the_key():
@@ -230,3 +320,191 @@ def test_evaluations_mistakes(arguments, cause, monkeypatch, capsys):
         cli.run(evaluate.main)
     assert stopped.value.code == 2
     assert cause in capsys.readouterr().err
+
+
+SPELLINGS = ["123456", "001", "1e5", "0x10", "1_000", "true", "False", "-1.50", "+1", "inf", "12:30:00", "1.", "a/b"]
+
+
+@pytest.mark.parametrize("before", [[], ["--multirun", "seed=1,2"]], ids=["one run", "a sweep"])
+def test_a_text_is_what_was_typed(before, monkeypatch, tmp_path):
+    """As a shell makes it of run_name=$SLURM_JOB_ID."""
+    keys = ["run_name", "output_dir", "data.root", "logger.project", "logger.entity", "data.exclude"]
+    for first in range(0, len(SPELLINGS), len(keys)):
+        typed = SPELLINGS[first : first + len(keys)]
+        arguments = [*before, *map("=".join, zip(keys, typed, strict=False)), f"hydra.sweep.dir={tmp_path}"]
+        for config in read([*arguments, *(["data.root=x"] if len(typed) < 3 else [])], monkeypatch):
+            found = [config["run_name"], config["output_dir"], config["data"]["root"]]
+            found += [config["logger"]["project"], config["logger"]["entity"], config["data"]["exclude"]]
+            assert found[: len(typed)] == typed
+
+
+def test_null_is_a_name_where_nothing_is_not_allowed(monkeypatch):
+    (config,) = read(["run_name=null", "data.root=NULL", "data.exclude=null", "logger.entity=null"], monkeypatch)
+    assert (config["run_name"], config["data"]["root"]) == ("null", "NULL")
+    assert config["data"]["exclude"] is config["logger"]["entity"] is None
+    (config,) = read(["checkpoint=0123", "per_class=1e5", "predictions=null"], monkeypatch, evaluate)
+    assert (config["checkpoint"], config["per_class"], config["predictions"]) == ("0123", "1e5", None)
+
+
+def test_every_run_of_a_sweep_has_the_text_that_was_typed(monkeypatch, tmp_path):
+    arguments = ["--multirun", "run_name=001,1e5,1_0,x", "data.root=1_000", f"hydra.sweep.dir={tmp_path}"]
+    configs = read(arguments, monkeypatch)
+    assert [config["run_name"] for config in configs] == ["001", "1e5", "1_0", "x"]
+    assert {config["data"]["root"] for config in configs} == {"1_000"}
+
+
+def test_texts_refer_to_each_other_as_typed(monkeypatch):
+    (config,) = read(["run_name=1_000", "logger.project=${run_name}", "data.root='${output_dir}/x'"], monkeypatch)
+    assert (config["logger"]["project"], config["data"]["root"]) == ("1_000", "outputs/x")
+
+
+@pytest.fixture
+def own_conf(tmp_path):
+    """A copy of conf/ to put something into: folder, and the arguments that use it."""
+    shutil.copytree(CONF, tmp_path / "conf", ignore=shutil.ignore_patterns("local"))
+    (tmp_path / "conf" / "local").mkdir()
+    return tmp_path / "conf", ["data.root=x", f"output_dir={tmp_path}/out", "--config-path", str(tmp_path / "conf")]
+
+
+def test_a_number_in_a_file_is_no_text_and_the_fix_has_its_quotes(own_conf, monkeypatch, capsys):
+    """The file has been read by then: 0012 has become 10."""
+    folder, arguments = own_conf
+    (folder / "experiment" / "mine.yaml").write_text("# @package _global_\nrun_name: 0012\n")
+    cause, fix = refused(["experiment=mine", *arguments], monkeypatch, capsys)
+    assert "run_name=10 is a number" in cause
+    assert 'run_name: "10"' in fix
+
+
+@pytest.mark.parametrize(
+    ("choices", "fix"),
+    [
+        (["local@data=imagnet"], "local=imagenet"),
+        (["experiment=digit"], "experiment=digits"),
+        (["--multirun", "experiment=digits,table1_q"], "experiment=table1_"),
+    ],
+)
+def test_a_choice_that_was_typed_must_be_there(choices, fix, own_conf, monkeypatch, capsys):
+    folder, arguments = own_conf
+    (folder / "local" / "imagenet.yaml").write_text("threads: 1\n")
+    cause, found = refused([*choices, *arguments], monkeypatch, capsys)
+    assert "there is no" in cause
+    assert fix in found
+    assert not (folder.parent / "out" / "digits_contextual_convnext_atto").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "line"),
+    [
+        ("local/imagenet.yaml", "threads: 2\nroot: [/x\n", 3),
+        ("local/imagenet.yaml", "root: /x\n\tthreads: 2\n", 2),
+        ("local/imagenet.yaml", "threads: 2\nthreads: 3\n", 2),
+        ("model/mine.yaml", "name: resnet18\nnum_classes: null: 2\n", 2),
+        ("experiment/mine.yaml", "# @package _global_\nrun_name: 'x\n", 3),
+    ],
+)
+def test_a_slip_in_a_file_is_named_with_its_line(file, text, line, own_conf, monkeypatch, capsys):
+    folder, arguments = own_conf
+    (folder / file).write_text(text)
+    group, _, name = file.removesuffix(".yaml").partition("/")
+    cause, _ = refused([*([f"{group}={name}"] if name == "mine" else []), *arguments], monkeypatch, capsys)
+    assert f"{folder / file}, line {line}, column " in cause
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "data.root=/my photos (1)",
+        "data.root=/x/[old], new",
+        "run_name=my run (1)",
+        "data.root=/it's {here}",
+        "data.root=a,b",
+    ],
+)
+def test_a_value_that_needs_quotes_is_shown_in_them(argument, monkeypatch, capsys):
+    _, fix = refused([argument, "resume=x"], monkeypatch, capsys)
+    typed = shlex.split(fix.partition(": ")[2].partition("; ")[0])
+    (config,) = read([*(["data.root=x"] if "root" not in argument else []), *typed], monkeypatch)
+    assert argument.partition("=")[2] in (config["run_name"], config["data"]["root"])
+
+
+@pytest.mark.parametrize("argument", ["/data/imagenet", "my photo", "data root=/x", "{a: 1}"])
+def test_an_argument_that_is_no_key_and_value_is_named(argument, monkeypatch, capsys):
+    cause, fix = refused([argument], monkeypatch, capsys)
+    assert repr(argument) in cause
+    assert "=" in fix or "GROUP" in fix
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fix"),
+    [
+        (["seed=1,2", "run_name=mr"], ["run_name=mr_${seed}"]),
+        (["optimizer.lr=1e-3,2e-3"], ["run_name=${model.name}_${optimizer.lr}"]),
+        (["seed=1,2", "optimizer.lr=1,2", "run_name='x_${seed}'"], ["run_name=x_${seed}_${optimizer.lr}"]),
+        (["run_name=a,b", "seed=1,2"], None),
+        (["experiment=digits,glyphs", "run_name=x"], None),
+        (["augment=none,convnext"], None),
+    ],
+)
+def test_runs_of_a_sweep_need_names_of_their_own(arguments, fix, monkeypatch, capsys, tmp_path):
+    """Or the second would wait for the first to end, which is itself."""
+    found = refused(["--multirun", "data.root=x", f"output_dir={tmp_path}", *arguments], monkeypatch, capsys)
+    if fix is not None:
+        assert shlex.split(found[1]) == fix
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["seed=1,2", "run_name='x_${seed}'"],
+        ["model=convnext_t,convnext_s"],
+        ["experiment=digits,glyphs"],
+        ["run_name=a,b"],
+        ["experiment=digits,table1_t", "run_name='x_${model.name}'"],
+    ],
+)
+def test_sweeps_with_names_of_their_own_start(arguments, monkeypatch, tmp_path):
+    started = []
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
+    @cli.job
+    def main(config):
+        cli.check_sweep(config, "run_name")
+        started.append(config.run_name)
+
+    monkeypatch.setattr(sys, "argv", ["train.py", "--multirun", f"output_dir={tmp_path}", *arguments])
+    cli.run(main)
+    assert len(set(started)) == 2
+
+
+def test_a_contextual_model_of_one_or_two_classes_has_a_fix_that_works():
+    with torch.device("meta"):
+        for classes in (1, 2):
+            with pytest.raises(UserError, match="classes") as error:
+                build_model(**composed()["model"] | {"num_classes": classes})
+            choices = [word for word in error.value.fix.split() if word.startswith("model")]
+            assert build_model(**composed(*choices)["model"] | {"num_classes": classes}).num_classes == classes
+
+
+@pytest.mark.parametrize(("classes", "counts"), [(3, [500, 200, 50]), (5, [3, 2]), (1000, [50, 200, 500])])
+def test_class_counts_that_do_not_fit_have_a_fix_that_works(classes, counts):
+    model = composed("model=contextual_convnext_atto")["model"] | {"num_classes": classes}
+    with pytest.raises(UserError) as error:
+        build_model(**model | {"class_counts": counts})
+    choice = error.value.fix.split(", ")[0]
+    fixed = composed("model=contextual_convnext_atto", choice)["model"]["class_counts"]
+    assert build_model(**model | {"class_counts": fixed}).class_counts == build_model(**model).class_counts
+
+
+def test_a_missing_key_of_an_own_group_is_named(own_conf, monkeypatch, capsys):
+    folder, arguments = own_conf
+    (folder / "model" / "mine.yaml").write_text("num_classes: null\n")
+    cause, fix = refused(["model=mine", "run_name=x", *arguments], monkeypatch, capsys)
+    assert "no value for model.name" in cause
+    assert "model.name=VALUE" in fix
+
+
+def test_the_plain_twin_at_its_published_recipe_differs_in_the_learning_rate_alone():
+    plain, published = composed("model=convnext_t", "trainer.compile=true"), composed("experiment=table1_convnext_t")
+    assert published["optimizer"].pop("lr") == 4 * plain["optimizer"].pop("lr") == 4e-3
+    assert {key for key in plain if plain[key] != published[key]} == {"run_name"}

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import stat
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,20 +22,12 @@ from typing import Any, BinaryIO
 
 import torch
 
+from contextual_cnn.checkpoint_entries import FORMAT, OTHER_FILE, DamagedCheckpoint, check_entries
 from contextual_cnn.errors import UserError
 
-FORMAT = 2
 _MARK = b"\ncontextual-cnn checkpoint "
 _LONGEST_LINE = 256  # bytes; a manifest has about 150
 _BLOCK = 1 << 22
-
-
-class DamagedCheckpoint(UserError):
-    """A file that is not what was written: cut short, changed, never completed, or not to be read at all."""
-
-
-class NewerFormat(UserError):
-    """A file that a later version of this program has written."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +51,8 @@ class Manifest:
         try:
             manifest = cls(**json.loads(line[len(_MARK) :]))
         except (ValueError, TypeError):
+            return None
+        if not (type(manifest.bytes) is type(manifest.step) is int and manifest.step >= 0):
             return None
         # Spelled exactly as `line` spells it, so that no changed bit passes
         return manifest if line == manifest.line() and size == manifest.bytes + len(line) else None
@@ -94,34 +89,28 @@ def write_checkpoint(state: dict[str, Any], path: Path, previous: Path | None = 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Reads a checkpoint to the CPU, after its length and hash have been checked; nothing in the file is executed.
 
+    Takes no more memory than the file has bytes. Every entry that is there is of its type; which of them must be there
+    beside "model" and "step", the caller asks by `require_entries`.
+
     Raises:
-        DamagedCheckpoint: it is not what was written, or cannot be read.
+        DamagedCheckpoint: it cannot be read, or is not what was written.
         NewerFormat: a later version has written it.
         UserError: no such file, not a checkpoint of this program, or one that wants to run code.
     """
     with _reading(path) as file:  # opened once: a run that is still training may put another in its place
-        _check_integrity(file, path)
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
-        except Exception as error:  # whole, but not by this program: UnpicklingError, or anything at all
-            raise UserError(
-                f"{path} is refused: it holds something else than tensors and numbers, and nothing in it was run "
-                f"({_refused_part(error)})",
-                "use no file from where this one came; a checkpoint of this program never needs that",
-            ) from error
-    if not isinstance(state, dict) or "format" not in state or "model" not in state:
-        raise UserError(f"{path} is no checkpoint of this program", "bare weights are loaded by model.weights=FILE")
-    if state["format"] > FORMAT:
-        raise NewerFormat(
-            f"{path} has format {state['format']}, this version reads up to {FORMAT}", "update contextual-cnn"
-        )
+        size = _check_integrity(file, path)
+        _check_archive(file, path, size)
+        state = _read(file, path)
+    check_entries(state, path, size)
     return state
 
 
-def find_checkpoint(given: str) -> Path:
-    """A file as it is; of a run folder its best checkpoint, or the last where there is no best."""
+def find_checkpoint(given: str | Path, key: str = "checkpoint") -> Path:
+    """A file as it is; of a run folder its best checkpoint, or the last where there is no best.
+
+    Args:
+        key: what it was given for.
+    """
     path = Path(given).expanduser()
     if not path.is_dir():
         return path
@@ -129,7 +118,7 @@ def find_checkpoint(given: str) -> Path:
         if candidate.is_file():
             return candidate
     raise UserError(
-        f"checkpoint: {path} holds no checkpoints/best.pt or last.pt",
+        f"{key}: {path} holds no checkpoints/best.pt or last.pt",
         "give a run folder (outputs/NAME) or a .pt file",
     )
 
@@ -141,6 +130,19 @@ def has_checkpoint(folder: Path) -> bool:
 
 def _in_folder(folder: Path) -> list[Path]:
     return [parent / f"{name}.pt" for parent in (folder / "checkpoints", folder) for name in ("best", "last")]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file is a checkpoint of this program, damaged or not: by its last line, or else by its entries."""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _LONGEST_LINE))
+        if _MARK in file.read():
+            return True
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # another kind of file, or one that cannot be read at all
+        return False
+    return isinstance(content, dict) and {"format", "model", "best"} <= content.keys()
 
 
 def step_of(path: Path) -> int | None:
@@ -172,10 +174,7 @@ def _reading(path: Path) -> Iterator[BinaryIO]:
             f"there is no checkpoint {path}", "give a run folder (outputs/NAME) or a .pt file in it"
         ) from error
     except OSError as error:
-        raise DamagedCheckpoint(
-            f"{path} cannot be read: {error.strerror or error}",
-            "use another checkpoint of the run (last.pt, previous.pt, best.pt)",
-        ) from error
+        raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror or error}", OTHER_FILE) from error
 
 
 class _HashingFile:
@@ -193,12 +192,13 @@ class _HashingFile:
         self._file.flush()
 
 
-def _check_integrity(file: BinaryIO, path: Path) -> None:
+def _check_integrity(file: BinaryIO, path: Path) -> int:
+    """The length of what comes before the manifest, which it fits."""
     manifest = Manifest.read(file)
     if manifest is None:
         raise DamagedCheckpoint(
             f"{path} is no complete checkpoint: the manifest at its end is missing or does not fit its length",
-            "use another checkpoint of the run (last.pt, previous.pt, best.pt)",
+            OTHER_FILE,
         )
     digest, left = hashlib.sha256(), manifest.bytes
     file.seek(0)
@@ -206,11 +206,41 @@ def _check_integrity(file: BinaryIO, path: Path) -> None:
         digest.update(block)
         left -= len(block)
     if digest.hexdigest() != manifest.sha256:
-        raise DamagedCheckpoint(
-            f"{path} is damaged: its SHA-256 is not the one it was written with",
-            "use another checkpoint of the run (last.pt, previous.pt, best.pt)",
+        raise DamagedCheckpoint(f"{path} is damaged: its SHA-256 is not the one it was written with", OTHER_FILE)
+    file.seek(0)
+    return manifest.bytes
+
+
+def _check_archive(file: BinaryIO, path: Path, size: int) -> None:
+    """A zip file as torch.save writes it: nothing in it is compressed, so that nothing grows when it is read."""
+    try:
+        entries = zipfile.ZipFile(file).infolist()
+    except OSError:
+        raise
+    except Exception as error:  # BadZipFile, or what a directory that makes no sense leads to
+        raise UserError(f"{path} is no checkpoint of this program: {error}", OTHER_FILE) from error
+    file.seek(0)
+    is_first = file.read(4) == b"PK\x03\x04"  # else torch would take the file for one of its older formats
+    is_stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    if not (is_first and is_stored and sum(entry.file_size for entry in entries) <= size):
+        raise UserError(
+            f"{path} is refused: it is compressed, or it holds more than its {size} bytes",
+            "use no file from where this one came; a checkpoint of this program is written as it is",
         )
     file.seek(0)
+
+
+def _read(file: BinaryIO, path: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whole, but not by this program: UnpicklingError, or anything at all
+        raise UserError(
+            f"{path} is refused: it holds something else than tensors and numbers, and nothing in it was run "
+            f"({_refused_part(error)})",
+            "use no file from where this one came; a checkpoint of this program never needs that",
+        ) from error
 
 
 def _refused_part(error: Exception) -> str:

@@ -1,36 +1,30 @@
-"""What the two entry scripts share: from Hydra's config to checked keyword arguments, and errors made for people.
-
-The keyword-only parameters of a group's function or class are the schema of that group: `conf/model/*.yaml` holds
-what `build_model` takes, and nothing else. Positional parameters come from the program.
-"""
+"""What the two entry scripts share: how they start and end, with errors made for people."""
 
 import contextlib
-import difflib
 import functools
 import hashlib
-import inspect
-import json
 import os
-import re
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, TextIO, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TextIO
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from contextual_cnn.command_line import check_choices, check_sweep, explain
+from contextual_cnn.config import Group, check_config, check_run_name, read_config
 from contextual_cnn.distributed import end_with_launcher
 from contextual_cnn.errors import STOPPED, LostProcess, Stopped, UserError
 from contextual_cnn.text import print_any_text
 
-Schema = Mapping[str, Any]  # a key's type, or a Group
+__all__ = ["Group", "check_config", "check_run_name", "check_sweep", "job", "read_config", "run"]
 
 
 def run(main: Callable[[], None]) -> None:
@@ -44,8 +38,8 @@ def run(main: Callable[[], None]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         main()
-    except (HydraException, OmegaConfBaseException) as error:
-        _exit(_explain(error))
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        _exit(explain(error))
 
 
 def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
@@ -60,11 +54,12 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
     def wrapped(config: DictConfig) -> None:
         try:
             _check_mode()
+            check_choices()
             function(config)
         except UserError as error:
             _exit(error)
         except OmegaConfBaseException as error:
-            _exit(_explain(error))
+            _exit(explain(error))
         except Stopped:
             _leave(STOPPED)
         except LostProcess as error:
@@ -161,160 +156,3 @@ class _Lasting:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-class Group:
-    """A group of keys in `read_config`'s schema.
-
-    Args:
-        takes: the function or class whose keyword-only parameters are the group's keys.
-        computed: those of them that the program finds out itself where the config leaves them null.
-    """
-
-    def __init__(self, takes: Callable, *computed: str) -> None:
-        function = takes.__init__ if inspect.isclass(takes) else takes
-        hints = get_type_hints(function)
-        parameters = inspect.signature(function).parameters.values()
-        names = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-        self.types = {name: hints[name] | None if name in computed else hints[name] for name in names}
-
-
-def read_config(config: DictConfig, schema: Schema) -> dict[str, Any]:
-    """Plain containers, checked: unknown keys, missing and mistyped values are refused before anything starts.
-
-    Raises:
-        UserError: the first mistake, with the nearest key or the values allowed.
-    """
-    _check_all_keys(OmegaConf.to_container(config), schema)
-    _check_interpolations("", OmegaConf.to_container(config))
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        here = ", or for good on this machine in conf/local/ (docs/train.md)" if "data.root" in missing else ""
-        raise UserError(f"no value for {', '.join(missing)}", " ".join(f"{key}=VALUE" for key in missing) + here)
-    plain = OmegaConf.to_container(config, resolve=True)
-    check_config(plain, schema)
-    return plain
-
-
-def _check_interpolations(prefix: str, value: Any) -> None:
-    """Only ${other.key}: a resolver (${oc.env:NAME}) runs code or lets the environment into what is saved and sent."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            _check_interpolations(f"{prefix}.{key}" if prefix else str(key), item)
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            _check_interpolations(f"{prefix}[{i}]", item)
-    elif isinstance(value, str) and "${" in re.sub(r"\$\{[\w.]+\}", "", value):
-        raise UserError(
-            f"{prefix}={value} would be computed when the config is read",
-            f"write the value itself; only references to other keys work here, as {prefix}=${{run_name}}",
-        )
-
-
-def check_config(plain: Mapping[str, Any], schema: Schema) -> None:
-    """As `read_config`, for containers that are plain already (a checkpoint's)."""
-    _check_all_keys(plain, schema)
-    for key, expected in schema.items():
-        if isinstance(expected, Group):
-            for name, value in plain[key].items():
-                _check_value(f"{key}.{name}", value, expected.types[name])
-        else:
-            _check_value(key, plain[key], expected)
-
-
-def _check_all_keys(plain: Mapping[str, Any], schema: Schema) -> None:
-    _check_keys("", plain, schema)
-    for key, expected in schema.items():
-        if isinstance(expected, Group):
-            if not isinstance(plain.get(key), Mapping):
-                raise UserError(f"{key} is a group of keys, got {_yaml(plain.get(key))}", f"{key}=NAME of conf/{key}/")
-            _check_keys(f"{key}.", plain[key], expected.types)
-
-
-def _check_keys(prefix: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    for key in found:
-        if key not in expected:
-            raise UserError(f"there is no key {prefix}{key}", _nearest(prefix, str(key), expected))
-
-
-def _nearest(prefix: str, key: str, expected: Sequence[str] | Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(key, list(expected), n=1, cutoff=0.5)
-    if near:
-        return f"did you mean {prefix}{near[0]}?"
-    return f"the keys are {', '.join(prefix + name for name in expected)}"
-
-
-def _check_value(key: str, value: Any, expected: Any) -> None:
-    if not _fits(value, expected):
-        raise UserError(f"{key}={_yaml(value)} is not {_spell(expected)}", f"for example {key}={_example(expected)}")
-
-
-def _fits(value: Any, expected: Any) -> bool:
-    origin, arguments = get_origin(expected), get_args(expected)
-    if origin in (Union, UnionType):
-        return any(_fits(value, option) for option in arguments)
-    if origin is Literal:
-        return value in arguments
-    if origin is not None and issubclass(origin, Sequence):
-        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
-    if expected is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if expected is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, expected)
-
-
-def _spell(expected: Any) -> str:
-    origin, arguments = get_origin(expected), get_args(expected)
-    if origin in (Union, UnionType):
-        return " or ".join(_spell(option) for option in arguments)
-    if origin is Literal:
-        return f"one of {', '.join(map(str, arguments))}"
-    if origin is not None:
-        return f"a list of {_spell(arguments[0]).removeprefix('a ').removeprefix('an ')}s"
-    return {
-        int: "an integer",
-        float: "a number",
-        bool: "true or false",
-        str: "a text",
-        dict: "keys and values",
-        NoneType: "null",
-    }[expected]
-
-
-def _example(expected: Any) -> str:
-    origin, arguments = get_origin(expected), get_args(expected)
-    if origin in (Union, UnionType, Literal):
-        return _example(arguments[0]) if origin is not Literal else str(arguments[0])
-    if origin is not None:
-        return f"[{_example(arguments[0])},{_example(arguments[0])}]"
-    return {int: "1", float: "0.1", bool: "true", str: "TEXT", dict: "{KEY: VALUE}"}[expected]
-
-
-def _yaml(value: Any) -> str:
-    """A value as it is typed in a config."""
-    return str(value) if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _explain(error: Exception) -> UserError:
-    """Hydra's and OmegaConf's own refusals, as cause and fix."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-        group, _, name = str(error.missing_cfg_file).rpartition("/")
-        near = difflib.get_close_matches(name, error.options, n=1, cutoff=0.3)
-        hint = f"did you mean {group}={near[0]}? " if near else ""
-        return UserError(f"there is no {group} named {name}", f"{hint}there are {', '.join(error.options)}")
-    if unreadable := re.search(r"LexerNoViableAltException: ([\w.]+)=(.*)", str(error.__cause__ or error)):
-        key, value = unreadable.groups()
-        return UserError(
-            f"{key}={value} has unusual characters", f"with quotes that the shell leaves: \"{key}='{value}'\""
-        )
-    reason = error.__cause__ or error
-    key, parent = getattr(reason, "full_key", None), getattr(reason, "parent_node", None)
-    if isinstance(error, ConfigCompositionException) and key and isinstance(parent, DictConfig):
-        # The parent is where the path breaks off: the key's last part is compared with what is there
-        prefix, _, name = str(key).rpartition(".")
-        return UserError(
-            f"there is no key {key}", _nearest(f"{prefix}." if prefix else "", name, [str(k) for k in parent])
-        )
-    lines = [line.strip() for line in str(reason).splitlines() if line.strip()]
-    return UserError(lines[0] if lines else type(reason).__name__, "; ".join(lines[1:4]) or "see --help and conf/")

@@ -10,10 +10,12 @@ from torch import nn
 
 from contextual_cnn import cli
 from contextual_cnn.checkpoint import find_checkpoint, load_checkpoint
+from contextual_cnn.checkpoint_entries import choose_weights, require_entries
 from contextual_cnn.data import ImageData
 from contextual_cnn.data.image_data import LATER_KEYS
 from contextual_cnn.errors import UserError
 from contextual_cnn.models import build_model
+from contextual_cnn.models.restore import restore_model
 
 _SCHEMA = {"model": cli.Group(build_model), "data": cli.Group(ImageData)}
 
@@ -68,15 +70,30 @@ def load_model(checkpoint: str, weights: str = "auto", data: Mapping[str, Any] |
     """
     path = find_checkpoint(checkpoint)
     state = load_checkpoint(path)
-    own_data = LATER_KEYS | state["config"]["data"]
-    config = state["config"] | {"data": _evaluated_data(own_data, data or {})}
-    cli.check_config({key: config[key] for key in _SCHEMA}, _SCHEMA)  # a checkpoint's config is somebody's input too
-    weights = state["best"]["weights"] if weights == "auto" else weights
-    if weights == "ema" and state["ema"] is None:
-        raise UserError("weights=ema, but the checkpoint holds no moving average", "weights=raw")
-    model = build_model(**config["model"] | {"weights": None})
-    model.load_state_dict(state["model" if weights == "raw" else "ema"])
-    return Trained(model.eval(), weights, path, state["step"], tuple(state["classes"]), config, own_data)
+    require_entries(state, path, "config", "classes", "best", "ema")
+    name, tensors = choose_weights(state, weights)
+    config = {**state["config"], "data": _with_later_keys(state["config"].get("data"))}
+    try:
+        _check_config(config, len(state["classes"]))
+        model = restore_model(config["model"], tensors)
+    except UserError as error:  # of keys that are in the file
+        raise UserError(
+            f"{path}: {error.cause}", "use another checkpoint, or the version that wrote this one"
+        ) from error
+    own_data = config["data"]
+    config["data"] = _evaluated_data(own_data, data or {})
+    return Trained(model.eval(), name, path, state["step"], tuple(state["classes"]), config, own_data)
+
+
+def _with_later_keys(data: Any) -> Any:
+    return LATER_KEYS | data if isinstance(data, dict) else data
+
+
+def _check_config(config: Mapping[str, Any], classes: int) -> None:
+    """A checkpoint's config is somebody's input too."""
+    cli.check_config({group: config.get(group) for group in _SCHEMA}, _SCHEMA)
+    if config["model"]["num_classes"] != classes:
+        raise UserError(f"a model of {config['model']['num_classes']} classes with the names of {classes}", "")
 
 
 def _evaluated_data(own: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

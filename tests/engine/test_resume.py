@@ -28,8 +28,12 @@ def store(tmp_path):
     store.save(
         {
             "model": {"w": torch.ones(3)},
+            "ema": None,
+            "optimizer": {},
+            "best": {"top1": 50.0, "epoch": 1, "weights": "raw"},
             "step": 7,
             "epoch": 1,
+            "ended_step": 7,
             "classes": ["a"],
             "images": 9,
             "listing": "abc",

@@ -56,7 +56,7 @@ class Augmentation:
     def __post_init__(self) -> None:
         if self.randaugment is not None:
             RandAugment.parse(self.randaugment)
-        if self.color_jitter < 0:
+        if not 0 <= self.color_jitter < math.inf:
             raise UserError(f"augment.color_jitter is 0 or more, got {self.color_jitter}", "augment.color_jitter=0")
         for key in ("hflip", "erasing", "mix_prob", "mix_switch_prob", "label_smoothing"):
             if not 0 <= getattr(self, key) <= 1:
@@ -71,7 +71,7 @@ class Augmentation:
                 )
         for key in ("scale", "ratio"):
             low_high = getattr(self, key)
-            if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
+            if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1] < math.inf:
                 raise UserError(
                     f"augment.{key} is [low, high] with 0 < low <= high, got {list(low_high)}",
                     f"augment.{key}=[0.5,1.0]",

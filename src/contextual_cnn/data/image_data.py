@@ -1,6 +1,7 @@
 """The data of a run, as the config names it: a folder, how its images are made, and the two kinds of batches."""
 
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 # What the absence of a key means in the config of a run that was started before there was the key
 LATER_KEYS = {"interpolation": "bicubic"}
 _SPLITS = ("train", "val")
+_MOST_THREADS = 512  # of a process; the system ends one that starts too many
 
 
 class ImageData:
@@ -95,10 +97,18 @@ class ImageData:
             )
         if not 0 < crop_pct <= 1:
             raise UserError(f"data.crop_pct is a share between 0 and 1, got {crop_pct}", "data.crop_pct=0.875")
+        if len(mean) != 3 or not all(map(math.isfinite, mean)):
+            raise UserError(f"data.mean is a number for each color, got {list(mean)}", "data.mean=[0.485,0.456,0.406]")
+        if len(std) != 3 or not all(0 < value < math.inf for value in std):
+            raise UserError(
+                f"data.std is a number above 0 for each color, got {list(std)}", "data.std=[0.229,0.224,0.225]"
+            )
         at_least_one = dict(repeats=repeats, shuffle_shards=shuffle_shards, limit=limit, threads=threads)
         for key, value in (at_least_one | dict(prefetch=prefetch, eval_batch_size=eval_batch_size)).items():
             if value is not None and value < 1:
                 raise UserError(f"data.{key} must be 1 or more, got {value}", f"data.{key}=1")
+        if threads is not None and threads > _MOST_THREADS:
+            raise UserError(f"data.threads must be at most {_MOST_THREADS}, got {threads}", "data.threads=null")
         if max_bad_images < 0:
             raise UserError(f"data.max_bad_images is 0 or more, got {max_bad_images}", "data.max_bad_images=100")
         self.root = Path(root).expanduser().absolute()

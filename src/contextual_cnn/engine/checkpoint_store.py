@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contextual_cnn.checkpoint import NewerFormat, load_checkpoint, step_of, write_checkpoint
+from contextual_cnn.checkpoint import load_checkpoint, step_of, write_checkpoint
+from contextual_cnn.checkpoint_entries import NewerFormat
 from contextual_cnn.distributed import is_main_process
 from contextual_cnn.errors import UserError
 

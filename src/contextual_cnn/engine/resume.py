@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from contextual_cnn.checkpoint_entries import require_entries
 from contextual_cnn.data.image_data import LATER_KEYS
 from contextual_cnn.data.sampler import BatchPlan
 from contextual_cnn.engine.checkpoint_store import CheckpointStore
@@ -41,6 +42,9 @@ _FREE = (
 )
 
 
+_NEEDED = ("config", "classes", "best", "ema", "optimizer", "epoch", "ended_step", "images", "listing", "batches")
+
+
 def load_newest(
     store: CheckpointStore,
     config: Mapping[str, Any],
@@ -62,6 +66,7 @@ def load_newest(
     if newest is None:
         return None
     path, state = newest
+    require_entries(state, path, *_NEEDED)
     differences = _differences(state["config"], config)
     if state["listing"] != listing:
         before, now = (
@@ -73,7 +78,7 @@ def load_newest(
             f"{path} was trained on other classes than {config['data']['root']} has",
             "run_name=NEW_NAME",
         )
-    batch_before = state["config"]["trainer"]["global_batch_size"]
+    batch_before = _flatten(state["config"]).get("trainer.global_batch_size")
     if batch_before != plan.global_batch:
         raise UserError(
             f"{path} counts steps of {batch_before} images, trainer.global_batch_size={plan.global_batch} counts "

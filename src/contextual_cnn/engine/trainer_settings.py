@@ -64,8 +64,10 @@ class TrainerSettings:
                 f"trainer.timeout_minutes must be above 0 and finite, got {self.timeout_minutes}",
                 "trainer.timeout_minutes=10",
             )
-        if self.grad_clip is not None and self.grad_clip <= 0:
-            raise UserError(f"trainer.grad_clip must be above 0, got {self.grad_clip}", "trainer.grad_clip=null is off")
+        if self.grad_clip is not None and not 0 < self.grad_clip < math.inf:
+            raise UserError(
+                f"trainer.grad_clip must be above 0 and finite, got {self.grad_clip}", "trainer.grad_clip=null is off"
+            )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise UserError(
                 f"trainer.ema_decay must be at least 0 and below 1, got {self.ema_decay}",

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ProjectionNorm = Literal["batch", "layer"]
+FEWEST_CLASSES = 3  # as many as shortlists, each shorter than the one before
 _MAX_INVERSE_TEMPERATURE = 100.0  # CLIP's clamp
 
 
@@ -108,12 +109,18 @@ def scale_class_counts(counts: tuple[int, ...], of: int, num_classes: int) -> tu
     return first, middle, min(last, middle - 1)
 
 
+class ClassCountError(ValueError):
+    """Class counts that do not fit the number of classes."""
+
+
 def check_class_counts(num_classes: int, counts: tuple[int, ...]) -> None:
-    """Raises ValueError unless N1 >= N2 > N3 > N4 >= 1."""
+    """Raises ClassCountError unless N1 >= N2 > N3 > N4 >= 1."""
+    if num_classes < FEWEST_CLASSES:
+        raise ClassCountError(f"a contextual model needs {FEWEST_CLASSES} classes or more, these are {num_classes}")
     if len(counts) != 3:
-        raise ValueError(f"class_counts must be three numbers (N2, N3, N4), got {list(counts)}")
+        raise ClassCountError(f"class_counts must be three numbers (N2, N3, N4), got {list(counts)}")
     n2, n3, n4 = counts
     if not num_classes >= n2 > n3 > n4 >= 1:
-        raise ValueError(
+        raise ClassCountError(
             f"class_counts must fall from stage to stage, {num_classes} >= N2 > N3 > N4 >= 1, got {list(counts)}"
         )

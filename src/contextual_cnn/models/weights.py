@@ -11,6 +11,8 @@ from timm.models import load_state_dict
 from timm.models.convnext import checkpoint_filter_fn as original_convnext_names
 from torch import Tensor, nn
 
+from contextual_cnn.checkpoint import find_checkpoint, is_checkpoint, load_checkpoint
+from contextual_cnn.checkpoint_entries import choose_weights, require_entries
 from contextual_cnn.errors import UserError
 from contextual_cnn.models.contextual_model import ContextualModel
 
@@ -35,17 +37,44 @@ _RELEASED_PROJECTION = re.compile(r"cls\.visual_proj_heads\.(\d)\.nonlinear\.(\d
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Loads a file of weights, and says what was left at its initial value.
+    """Loads a file of weights, or those of a run, and says what was left at its initial value.
 
-    Only the classifier of another number of classes, and what a plain model does not have, may be left out.
+    Of a run folder or a checkpoint of this program it takes the weights that made the checkpoint the best, the raw ones
+    or their average. Only the classifier of another number of classes, and what a plain model does not have, may be
+    left out.
 
     Raises:
         UserError: no such file, not a file of weights, or weights of another architecture.
     """
+    path = path.expanduser()
+    if path.is_dir():
+        path = find_checkpoint(path, key="model.weights")
     if not path.is_file():
-        raise UserError(f"model.weights: there is no file {path}", "give the path of a .pth, .pt or .safetensors file")
+        raise UserError(
+            f"model.weights: there is no file {path}",
+            "give the path of a .pth, .pt or .safetensors file, or a run folder (outputs/NAME)",
+        )
+    state = _read_checkpoint(path) if is_checkpoint(path) else _read_weights(path)
     try:
-        state = load_state_dict(str(path), use_ema=True, weights_only=True)
+        model.load_state_dict(checkpoint_filter_fn(state, model))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"model.weights: {path} does not fit: {error}", "use weights of the same architecture"
+        ) from error
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    checkpoint = load_checkpoint(path)
+    require_entries(checkpoint, path, "best", "ema")
+    name, state = choose_weights(checkpoint)
+    log.info("weights: the %s weights of %s, of step %d", name, path, checkpoint["step"])
+    return state
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """Those of another program, by timm, which knows where they keep them."""
+    try:
+        return load_state_dict(str(path), use_ema=True, weights_only=True)
     except Exception as error:
         # whatever a damaged or hostile file raises: the unpickler's errors have no common class
         # (torch's own text advises to switch the check off)
@@ -53,12 +82,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
             f"model.weights: {path} cannot be read as weights: it is damaged, or holds more than tensors "
             f"({type(error).__name__})",
             "use another file",
-        ) from error
-    try:
-        model.load_state_dict(checkpoint_filter_fn(state, model))
-    except (ValueError, RuntimeError) as error:
-        raise UserError(
-            f"model.weights: {path} does not fit: {error}", "use weights of the same architecture"
         ) from error
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
@@ -50,16 +50,38 @@ def build_optimizer(
         )
     options = {"betas": tuple(betas) if betas is not None else None, "eps": eps, "momentum": momentum}
     options = {key: value for key, value in options.items() if value is not None}
-    info = get_optimizer_info(name)
-    for key in options:
-        if not getattr(info, f"has_{key}"):  # timm would pass over it in silence
-            raise UserError(f"optimizer {name} has no {key}", f"optimizer.{key}=null")
+    _check_options(name, options)
     if lr_base_size < 1:
         raise UserError(f"optimizer.lr_base_size must be 1 or more, got {lr_base_size}", "optimizer.lr_base_size=4096")
     lr *= (global_batch / lr_base_size) ** {"none": 0, "linear": 1, "sqrt": 0.5}[lr_scaling]
     if name in ("adamw", "adam"):
         options["fused"] = True
-    return create_optimizer_v2(model, opt=name, lr=lr, weight_decay=weight_decay, **options)
+    try:
+        return create_optimizer_v2(model, opt=name, lr=lr, weight_decay=weight_decay, **options)
+    except (ValueError, TypeError, AssertionError, ImportError) as error:  # what it looks at itself
+        raise UserError(f"optimizer {name} cannot be built: {error}", "optimizer=adamw is the recipe's") from error
+
+
+def _check_options(name: str, options: dict[str, Any]) -> None:
+    """Whether the optimizer has them, and every number is in range."""
+    info = get_optimizer_info(name)
+    lacking = [key for key in options if not getattr(info, f"has_{key}")]
+    if lacking:  # timm would pass over them in silence
+        raise UserError(
+            f"optimizer {name} has no {' and no '.join(lacking)}", " ".join(f"optimizer.{key}=null" for key in lacking)
+        )
+    betas = options.get("betas")
+    if betas is not None and not (len(betas) == info.num_betas and all(0 <= beta < 1 for beta in betas)):
+        raise UserError(
+            f"optimizer.betas of {name} are {info.num_betas} numbers from 0 to below 1, got {list(betas)}",
+            "optimizer.betas=null takes its own",
+        )
+    if not 0 <= options.get("eps", 0) < math.inf:
+        raise UserError(f"optimizer.eps must be 0 or more, got {options['eps']}", "optimizer.eps=1e-8")
+    if not 0 <= options.get("momentum", 0) < 1:
+        raise UserError(
+            f"optimizer.momentum must be from 0 to below 1, got {options['momentum']}", "optimizer.momentum=0.9"
+        )
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:

@@ -1,5 +1,6 @@
 """The learning rate as a function of the step alone, so that resuming needs nothing saved."""
 
+import math
 from typing import Literal
 
 from timm.scheduler import create_scheduler_v2
@@ -33,11 +34,20 @@ def build_schedule(
 
     Returns:
         A scheduler to be called as `step_update(step)` before the optimizer's step.
+
+    Raises:
+        UserError: a number out of range.
     """
+    for key, rate in dict(warmup_lr=warmup_lr, min_lr=min_lr).items():
+        if not 0 <= rate < math.inf:
+            raise UserError(f"schedule.{key} must be 0 or more, got {rate}", f"schedule.{key}=0")
+    if not 0 < decay_rate < math.inf:
+        raise UserError(f"schedule.decay_rate must be above 0, got {decay_rate}", "schedule.decay_rate=0.1")
     if not 0 <= warmup_epochs < epochs:
         raise UserError(
             f"schedule.warmup_epochs={warmup_epochs} leaves nothing of schedule.epochs={epochs}",
-            f"schedule.warmup_epochs={max(0, epochs // 15)}",
+            # The recipe's share, 20 of 300; without a warm-up its learning rate diverges
+            f"schedule.warmup_epochs={max(1, round(epochs / 15))}" if epochs > 1 else "schedule.epochs=300",
         )
     if decay_epochs is not None and not 0 < decay_epochs <= epochs - warmup_epochs:
         raise UserError(

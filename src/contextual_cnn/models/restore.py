@@ -1,0 +1,61 @@
+"""A trained model again, from the config and the tensors of a checkpoint; both are somebody's input."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from contextual_cnn.errors import UserError
+from contextual_cnn.models.build import build_model
+
+_SPARE = 1000  # parameters; a model may register some that it replaces again
+
+
+def restore_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The model of a config with these weights, on the CPU.
+
+    Nothing is allocated before names, shapes and types agree: a config that asks for more than the file holds costs
+    nothing.
+
+    Raises:
+        UserError: a config that makes no model, or tensors of another model.
+    """
+    config = {**config, "weights": None}  # a path in a file that came from elsewhere is not followed
+    with torch.device("meta"), _at_most(10 * len(tensors) + _SPARE):
+        sketch = build_model(**config).state_dict()
+    missing = [name for name in sketch if name not in tensors]
+    other = [name for name in tensors if name not in sketch or _kind(tensors[name]) != _kind(sketch[name])]
+    if missing or other:
+        raise UserError(
+            f"the tensors are not those of {config['name']} as it is configured: {len(missing)} missing "
+            f"(first: {missing[:3]}), {len(other)} unknown or of another shape (first: {other[:3]})",
+            "use weights and a configuration of the same run",
+        )
+    model = build_model(**config)
+    model.load_state_dict(tensors)
+    return model
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
+
+
+@contextmanager
+def _at_most(parameters: int) -> Iterator[None]:
+    """Stops the construction of a model at so many parameters, as a number of layers may be any number."""
+    registered = 0
+
+    def count(*_: Any) -> None:
+        nonlocal registered
+        registered += 1
+        if registered > parameters:
+            raise ValueError("it has more layers than the file has tensors")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
