@@ -194,6 +194,7 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path):
     (tmp_path / "folder.pt").mkdir()
     os.mkfifo(tmp_path / "pipe.pt")
     for name in ("folder.pt", "pipe.pt"):
+        assert step_of(tmp_path / name) is None
         with pytest.raises(DamagedCheckpoint, match=name):
             load_checkpoint(tmp_path / name)
 

@@ -135,11 +135,11 @@ def _in_folder(folder: Path) -> list[Path]:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a file is a checkpoint of this program, damaged or not: by its last line, or else by its entries."""
-    with path.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - _LONGEST_LINE))
-        if _MARK in file.read():
-            return True
     try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LONGEST_LINE))
+            if _MARK in file.read():
+                return True
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # another kind of file, or one that cannot be read at all
         return False
@@ -147,9 +147,14 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def step_of(path: Path) -> int | None:
-    """The step by the file's manifest, without reading the rest; None without a manifest."""
-    with path.open("rb") as file:
-        manifest = Manifest.read(file)
+    """The step by the file's manifest, without reading the rest; None if it has none or cannot be read."""
+    if not path.is_file():  # a pipe would be waited for
+        return None
+    try:
+        with path.open("rb") as file:
+            manifest = Manifest.read(file)
+    except OSError:
+        return None
     return manifest.step if manifest is not None else None
 
 
