@@ -14,6 +14,7 @@ from contextual_cnn.checkpoint import (
     step_of,
     write_checkpoint,
 )
+from contextual_cnn.engine.checkpoint_store import CheckpointStore
 from contextual_cnn.errors import UserError
 from tests.hostile import compressed, write_bytes, write_whole
 
@@ -216,8 +217,17 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path):
     (tmp_path / "folder.pt").mkdir()
     os.mkfifo(tmp_path / "pipe.pt")
     for name in ("folder.pt", "pipe.pt"):
+        assert step_of(tmp_path / name) is None
         with pytest.raises(DamagedCheckpoint, match=name):
             load_checkpoint(tmp_path / name)
+
+
+def test_a_resume_takes_the_newest_that_is_a_checkpoint(tmp_path):
+    store = CheckpointStore(tmp_path)
+    write_checkpoint(state(step=3), store.best)
+    write_whole({"format": 2} | state(step=9, best="high"), store.last)
+    os.mkfifo(store.previous)
+    assert store.newest()[1]["step"] == 3
 
 
 def test_a_run_folder_means_its_best_checkpoint(tmp_path):

@@ -183,6 +183,7 @@ MISTAKES = [
     ),
     (["data.root=x", "data.limit=0"], "data.limit must be 1 or more", "data.limit=1"),
     (["data.root=x", "experiment=table4_a22"], "no experiment named table4_a22", "experiment=table4_a2?"),
+    (["output_dir=x", "experiment=table4_a22", "--cfg", "job"], "no experiment named", "experiment=table4_a2?"),
     (["data.root=x", "run_name="], "run_name=''", "run_name=NAME"),
     (["data.root=x", "run_name=.."], "run_name='..'", "run_name=NAME"),
     (["data.root=x", "run_name=."], "run_name='.'", "run_name=NAME"),
@@ -448,6 +449,7 @@ def test_an_argument_that_is_no_key_and_value_is_named(argument, monkeypatch, ca
 def test_runs_of_a_sweep_need_names_of_their_own(arguments, fix, monkeypatch, capsys, tmp_path):
     """Or the second would wait for the first to end, which is itself."""
     found = refused(["--multirun", "data.root=x", f"output_dir={tmp_path}", *arguments], monkeypatch, capsys)
+    assert "run_name=" in found[0]
     if fix is not None:
         assert shlex.split(found[1]) == fix
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []

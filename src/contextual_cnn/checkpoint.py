@@ -134,11 +134,11 @@ def _in_folder(folder: Path) -> list[Path]:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a file is a checkpoint of this program, damaged or not: by its last line, or else by its entries."""
-    with path.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - _LONGEST_LINE))
-        if _MARK in file.read():
-            return True
     try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LONGEST_LINE))
+            if _MARK in file.read():
+                return True
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # another kind of file, or one that cannot be read at all
         return False

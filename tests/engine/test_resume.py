@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from contextual_cnn.checkpoint import write_checkpoint
 from contextual_cnn.data.sampler import BatchPlan
 from contextual_cnn.engine.checkpoint_store import CheckpointStore
 from contextual_cnn.engine.resume import load_newest
@@ -43,6 +44,15 @@ def store(tmp_path):
     )
     store.close()
     return store
+
+
+@pytest.mark.parametrize("entry", ["config", "classes", "best", "ema", "optimizer", "ended_step", "images", "batches"])
+def test_a_checkpoint_without_an_entry_is_refused(store, entry):
+    state = torch.load(store.last, weights_only=True)
+    del state[entry]
+    write_checkpoint(state, store.last)
+    with pytest.raises(UserError, match=entry):
+        load_newest(store, CONFIG, ("a",), "abc", plan(), "anyway")
 
 
 def test_what_makes_no_other_run_may_change(store):

@@ -65,10 +65,47 @@ def test_unknown_optimizers_and_options_are_refused(options):
         build_optimizer(torch.nn.Linear(2, 2), **options)
 
 
-def test_a_warm_up_as_long_as_the_run_is_refused():
+RECIPE = dict(betas=[0.9, 0.999], eps=1e-8, momentum=None)
+
+
+@pytest.mark.parametrize(("name", "lacking"), [("sgd", ["betas", "eps"]), ("lion", ["eps"]), ("rmsprop", ["betas"])])
+def test_what_an_optimizer_lacks_is_named_at_once(name, lacking):
+    with pytest.raises(UserError) as refused:
+        build_optimizer(torch.nn.Linear(2, 2), name=name, **RECIPE)
+    assert refused.value.fix.split() == [f"optimizer.{key}=null" for key in lacking]
+    build_optimizer(torch.nn.Linear(2, 2), name=name, **RECIPE | dict.fromkeys(lacking))
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adan"])
+@pytest.mark.parametrize("betas", [[0.9], [0.9, 1.0], [0.9, -0.1], [0.9, 0.9, 0.9], [0.9] * 4, [0.9, float("nan")], []])
+def test_betas_are_as_many_as_the_optimizer_has_and_below_one(name, betas):
+    if name == "adan" and len(betas) == 3:
+        build_optimizer(torch.nn.Linear(2, 2), name=name, betas=betas)
+        return
+    with pytest.raises(UserError, match="betas"):
+        build_optimizer(torch.nn.Linear(2, 2), name=name, betas=betas, eps=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("adamw", dict(eps=-1e-8)),
+        ("sgd", dict(momentum=-0.9)),
+        ("sgd", dict(momentum=1.0)),
+        ("adamw", dict(eps=np.inf)),
+    ],
+)
+def test_other_numbers_of_an_optimizer_are_in_range(name, numbers):
+    with pytest.raises(UserError, match=next(iter(numbers))):
+        build_optimizer(torch.nn.Linear(2, 2), name=name, **dict(betas=None, eps=None) | numbers)
+
+
+@pytest.mark.parametrize(("epochs", "warmup", "advice"), [(20, 20, 1), (5, 20, 1), (90, 90, 6), (300, 301, 20)])
+def test_a_warm_up_as_long_as_the_run_is_refused_with_the_recipes_share(epochs, warmup, advice):
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-    with pytest.raises(UserError, match="warmup"):
-        build_schedule(optimizer, 10, epochs=20, warmup_epochs=20)
+    with pytest.raises(UserError, match="warmup") as refused:
+        build_schedule(optimizer, 10, epochs=epochs, warmup_epochs=warmup)
+    assert refused.value.fix == f"schedule.warmup_epochs={advice}"
 
 
 def rates(steps_per_epoch, epochs, **options):

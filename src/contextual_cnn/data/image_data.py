@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 # What the absence of a key means in the config of a run that was started before there was the key
 LATER_KEYS = {"interpolation": "bicubic"}
 _SPLITS = ("train", "val")
+_LARGEST_IMAGE = 8192
 _MOST_THREADS = 512  # of a process; the system ends one that starts too many
 
 
@@ -90,10 +91,10 @@ class ImageData:
         on_bad_image: Literal["skip", "stop"] = "skip",
         max_bad_images: int = 100,
     ) -> None:
-        if image_size < 32:
+        if not 32 <= image_size <= _LARGEST_IMAGE:
             raise UserError(
-                f"data.image_size={image_size}: the models halve the map five times",
-                "data.image_size=32 or more",
+                f"data.image_size={image_size}: the models halve the map five times, of {_LARGEST_IMAGE} at most",
+                "data.image_size=224",
             )
         if not 0 < crop_pct <= 1:
             raise UserError(f"data.crop_pct is a share between 0 and 1, got {crop_pct}", "data.crop_pct=0.875")
