@@ -8,6 +8,7 @@ bytes and sha256 are of all that comes before the line. torch.load and zip tools
 In the file itself, it is moved, copied and replaced together with what it vouches for.
 """
 
+import builtins
 import errno
 import hashlib
 import json
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -38,7 +39,7 @@ class Manifest:
     sha256: str
     step: int
 
-    def line(self) -> bytes:
+    def line(self) -> builtins.bytes:
         return _MARK + json.dumps(asdict(self)).encode() + b"\n"
 
     @classmethod
@@ -71,7 +72,7 @@ def write_checkpoint(state: dict[str, Any], path: Path, previous: Path | None = 
     try:
         with temporary.open("wb") as file:
             hashing = _HashingFile(file)
-            torch.save(state | {"format": FORMAT}, hashing)
+            torch.save(state | {"format": FORMAT}, cast(BinaryIO, hashing))
             file.write(Manifest(hashing.bytes, hashing.digest.hexdigest(), state["step"]).line())
             file.flush()
             os.fsync(file.fileno())
@@ -81,7 +82,7 @@ def write_checkpoint(state: dict[str, Any], path: Path, previous: Path | None = 
         raise
     kept = _second_name(path, previous) if previous is not None and path.exists() else None
     temporary.replace(path)
-    if kept is not None:
+    if kept is not None and previous is not None:
         kept.replace(previous)
     _sync_folder(path.parent)
 
@@ -183,7 +184,7 @@ class _HashingFile:
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.digest, self.bytes = file, hashlib.sha256(), 0
 
-    def write(self, data) -> int:
+    def write(self, data: bytes) -> int:
         self.digest.update(data)
         self.bytes += len(data)
         return self._file.write(data)

@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -38,7 +38,8 @@ def _typed() -> Iterator[tuple[Override, str]]:
     config = HydraConfig.get()
     # A sweep rewrites its overrides for every job: 1e5 becomes 100000.0
     before = _before_the_sweep() if config.mode == RunMode.MULTIRUN else {}
-    for line in OmegaConf.to_container(config.overrides.task):  # unresolved: ${...} is part of what was typed
+    lines = cast(list[str], OmegaConf.to_container(config.overrides.task))  # unresolved: ${...} is part of it
+    for line in lines:
         override = OverridesParser.create().parse_override(line)
         yield override, before.get(line, line.partition("=")[2])
 
@@ -74,9 +75,10 @@ def check_choices() -> None:
     folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
     for override, _ in _typed():
         group, name = override.key_or_group, override.value()
-        is_choice = override.get_key_element().lstrip("+") in runtime.choices and isinstance(name, str)
+        if not isinstance(name, str) or override.get_key_element().lstrip("+") not in runtime.choices:
+            continue
         there = sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
-        if is_choice and there and not any((folder / group / f"{name}.yaml").is_file() for folder in folders):
+        if there and not any((folder / group / f"{name}.yaml").is_file() for folder in folders):
             raise _no_such_choice(group, name, there)
 
 
@@ -88,7 +90,7 @@ def check_sweep(config: DictConfig, key: str) -> None:
     """
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return
-    value = str(OmegaConf.to_container(config)[key])
+    value = str(cast(dict[str, Any], OmegaConf.to_container(config))[key])
     parts = {key, *re.findall(r"\$\{([\w.]+)\}", value)}
     arguments = {override.key_or_group: override for override in _arguments()}
     for swept in [name for name, override in arguments.items() if override.is_sweep_override()]:

@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -44,16 +44,20 @@ def read_config(config: DictConfig, schema: Schema) -> dict[str, Any]:
     Raises:
         UserError: the first mistake, with the nearest key or the values allowed.
     """
-    _check_all_keys(OmegaConf.to_container(config), schema)
+    _check_all_keys(_plain(config), schema)
     config = _with_texts_as_typed(config, schema)
     _check_interpolations("", OmegaConf.to_container(config))
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         here = ", or for good on this machine in conf/local/ (docs/train.md)" if "data.root" in missing else ""
         raise UserError(f"no value for {', '.join(missing)}", " ".join(f"{key}=VALUE" for key in missing) + here)
-    plain = OmegaConf.to_container(config, resolve=True)
+    plain = _plain(config, resolve=True)
     check_config(plain, schema)
     return plain
+
+
+def _plain(config: DictConfig, resolve: bool = False) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=resolve))
 
 
 def _with_texts_as_typed(config: DictConfig, schema: Schema) -> DictConfig:

@@ -4,10 +4,10 @@ Shapes: B images, N classes, k classes of a shortlist.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -24,6 +24,17 @@ class Batch(NamedTuple):
 
     images: Tensor
     targets: Tensor
+
+
+class TimmModel(Protocol):
+    """What a model of timm has beside nn.Module, whose own type knows tensors and modules only; to be cast to."""
+
+    num_classes: int
+    pretrained_cfg: Mapping[str, Any]
+
+    def get_classifier(self) -> nn.Module: ...
+
+    def set_grad_checkpointing(self, enable: bool) -> None: ...
 
 
 class StagedScores(NamedTuple):

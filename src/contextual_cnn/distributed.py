@@ -246,11 +246,11 @@ def _ask(yes: bool) -> Callable[[], bool]:
     arrived = torch.cuda.Event()
     arrived.record()
 
-    def fetch() -> bool:
+    def fetch_from_device() -> bool:
         arrived.synchronize()
         return bool(answer)
 
-    return fetch
+    return fetch_from_device
 
 
 def _collective_device() -> torch.device:

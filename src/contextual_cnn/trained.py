@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from timm.data import ImageNetInfo
 from torch import nn
@@ -103,10 +103,10 @@ def _evaluated_data(own: dict[str, Any], overrides: Mapping[str, Any]) -> dict[s
         real["loader"] = "dali"
     if own.get("layout") == "synthetic" and "root" in overrides:
         real["layout"] = "auto"
-    return own | real | overrides
+    return own | real | dict(overrides)
 
 
 def describe_classes(classes: tuple[str, ...]) -> dict[str, str]:
     """Words for the classes that are named by ImageNet's synsets; the others are left out."""
-    imagenet = ImageNetInfo().label_descriptions(as_dict=True)
+    imagenet = cast(dict[str, str], ImageNetInfo().label_descriptions(as_dict=True))
     return {name: imagenet[name] for name in classes if name in imagenet}

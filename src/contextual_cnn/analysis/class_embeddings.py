@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from torch import Tensor
 
@@ -66,7 +67,7 @@ def plot_considered_classes(
             known = f"true: {short(classes[label])}\n" if label is not None else ""
             show_image(row[0], images.pixels[b], f"{known}predicted: {short(classes[says])}")
             for axis, (name, shortlist) in zip(row[1:], columns, strict=True):
-                considered = range(len(points)) if shortlist is None else shortlist[b].tolist()
+                considered = list(range(len(points))) if shortlist is None else shortlist[b].tolist()
                 gone = "" if label is None or label in considered else " (true out)"
                 axis.set_title(f"{name}: {len(considered)} of {len(points)}{gone}", fontsize=9)
                 _plot_classes(axis, points, considered, label, classes)
@@ -88,12 +89,23 @@ def plot_similarity(matrices: Mapping[str, Tensor], path: Path) -> None:
         bar.set_label("cosine similarity (1 on the diagonal)")
 
 
-def _plot_classes(axis, points: np.ndarray, considered: Sequence[int], label: int | None, classes) -> None:
+def _plot_classes(
+    axis: Axes, points: np.ndarray, considered: list[int], label: int | None, classes: Sequence[str]
+) -> None:
     others = np.setdiff1d(np.arange(len(points)), considered)
-    axis.scatter(*points[others].T, s=10, color=DROPPED, linewidths=0)
-    axis.scatter(*points[list(considered)].T, s=16, color=KEPT, linewidths=0)
+    axis.scatter(points[others, 0], points[others, 1], s=10, color=DROPPED, linewidths=0)
+    axis.scatter(points[considered, 0], points[considered, 1], s=16, color=KEPT, linewidths=0)
     if label is not None:
-        axis.scatter(*points[label], s=110, marker="*", color=TRUE, edgecolors="black", linewidths=0.6, zorder=3)
+        axis.scatter(
+            points[label, 0],
+            points[label, 1],
+            s=110,
+            marker="*",
+            color=TRUE,
+            edgecolors="black",
+            linewidths=0.6,
+            zorder=3,
+        )
     if len(points) <= _MOST_NAMES:
         for i in considered:
             axis.annotate(

@@ -39,6 +39,7 @@ def _run(model: nn.Module, batch_size: int, image_size: int) -> tuple[int, int]:
 
     def count(module: nn.Module, inputs: tuple, output: Tensor) -> None:
         nonlocal macs, samples
+        assert isinstance(module.weight, Tensor)
         taken = inputs[0].shape[1] * module.weight[0, 0].numel() * output[:, 0].numel()  # channels, taps, positions
         dense = module.weight.shape[1] > 1
         macs += taken * (len(module.weight) if dense else 1)

@@ -51,9 +51,10 @@ class ImageMaker:
         std: Sequence[float],
         device: torch.device,
     ) -> None:
-        resizing = dict(crop_pct=crop_pct, interpolation=interpolation)
         # For its prefetching loader timm gives the pixels, which is what the figures show
-        self._transform = create_transform(image_size, **resizing, use_prefetcher=True)
+        self._transform = create_transform(
+            image_size, interpolation=interpolation, crop_pct=crop_pct, use_prefetcher=True
+        )
         self._mean, self._std, self._device = mean, std, device
 
     def from_files(self, paths: Sequence[Path], classes: Sequence[str]) -> Images:

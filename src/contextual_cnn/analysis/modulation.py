@@ -33,7 +33,9 @@ class Modulation(NamedTuple):
 @torch.no_grad()
 def record_modulations(model: nn.Module, inputs: Tensor) -> list[Modulation]:
     """One pass of (B, 3, S, S) images: what each contextual convolution came to, in the order of the layers."""
-    sizes, offsets, handles = {}, {}, []
+    sizes: dict[str, tuple[int, int]] = {}
+    offsets: dict[str, Tensor] = {}
+    handles = []
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, ContextualConv2d)]
 
     def keep(where: dict, key: str, value: Tensor | tuple[int, int]) -> None:

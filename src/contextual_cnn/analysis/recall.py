@@ -19,10 +19,12 @@ def recall_curves(scored: Iterable[tuple[StagedScores, Tensor]]) -> dict[int, Te
     Args:
         scored: batches' scores and (B,) labels.
     """
-    hits, images = {}, 0
+    hits: dict[int, Tensor] = {}
+    images = 0
     for scores, labels in scored:
         for stage, logits in zip(scores.stages, scores.logits, strict=True):
-            hits[stage] = hits.get(stage, 0) + _rank_counts(logits, labels)
+            counts = _rank_counts(logits, labels)
+            hits[stage] = hits[stage] + counts if stage in hits else counts
         images += len(labels)
     return {stage: (counts.cumsum(dim=0) / images).cpu() for stage, counts in hits.items()}
 

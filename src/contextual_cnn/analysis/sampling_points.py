@@ -44,10 +44,11 @@ def sampling_points(modulation: Modulation, output: tuple[int, int]) -> tuple[Te
     """Of an output position (row, column): the regular grid (K, 2) and the sampling points (B, K, 2), y and x in
     positions of the input map."""
     layer = modulation.layer
-    stride, padding, dilation = (layer.geometry[key] for key in ("stride", "padding", "dilation"))
-    taps = [torch.arange(size) * dilation - padding for size in layer.weight.shape[2:]]
-    grid = torch.cartesian_prod(*taps) + torch.tensor(output) * stride
+    geometry = layer.geometry
+    taps = [torch.arange(size) * geometry["dilation"] - geometry["padding"] for size in layer.weight.shape[2:]]
+    grid = torch.cartesian_prod(*taps) + torch.tensor(output) * geometry["stride"]
     row, column = output
+    assert modulation.sampling_offset is not None
     offset = modulation.sampling_offset[:, :, row, column].float().cpu().unflatten(1, (-1, 2))
     return grid.float(), grid + offset
 
@@ -93,6 +94,7 @@ def plot_sampling_points(
 
 
 def _nearest_output(grid: ImageGrid, modulation: Modulation, point: tuple[int, int]) -> tuple[int, int]:
+    assert modulation.sampling_offset is not None
     sizes = modulation.sampling_offset.shape[2:]
     positions = [
         (grid.pixel(torch.arange(size), size) - at).abs().argmin() for size, at in zip(sizes, point, strict=True)
@@ -120,9 +122,9 @@ def _limits(points: Tensor, image_size: int) -> tuple[float, float]:
 def _plot_points(axis: Axes, points: Tensor, sizes: Tensor, regular: Tensor | None = None) -> None:
     if regular is not None:
         ways = torch.stack([regular, points], dim=1).flip(-1).numpy()
-        axis.add_collection(LineCollection(ways, colors=TRUE, linewidths=0.8))
+        axis.add_collection(LineCollection(list(ways), colors=TRUE, linewidths=0.8))
     color = TRUE if regular is not None else KEPT
-    axis.scatter(*points.T.flip(0), s=sizes, color=color, edgecolors="black", linewidths=0.4, zorder=3)
+    axis.scatter(points[:, 1], points[:, 0], s=sizes, color=color, edgecolors="black", linewidths=0.4, zorder=3)
     bare(axis)
 
 

@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display on a cluster
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 
 def plot_schedule(rates: Sequence[tuple[int, float]], steps_per_epoch: int, path: Path, title: str) -> None:
@@ -17,7 +18,9 @@ def plot_schedule(rates: Sequence[tuple[int, float]], steps_per_epoch: int, path
     axis.set(title=title, xlabel="step", ylabel="learning rate", ylim=(0, None))
     axis.grid(alpha=0.3)
     axis.spines["right"].set_visible(False)
-    epochs = axis.secondary_xaxis("top", (lambda step: step / steps_per_epoch, lambda epoch: epoch * steps_per_epoch))
+    epochs = axis.secondary_xaxis(
+        "top", (lambda step: np.divide(step, steps_per_epoch), lambda epoch: np.multiply(epoch, steps_per_epoch))
+    )
     epochs.set_xlabel("epoch")
     figure.savefig(path, dpi=120)
     plt.close(figure)

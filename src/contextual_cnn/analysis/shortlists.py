@@ -42,7 +42,9 @@ def rank(logits: Tensor, index: int) -> int:
     return int((logits > logits[index]).sum()) + 1
 
 
-def _plot_bars(axis: Axes, logits: Tensor, fates: Sequence[set[int]], label: int | None, classes) -> None:
+def _plot_bars(
+    axis: Axes, logits: Tensor, fates: Sequence[set[int]], label: int | None, classes: Sequence[str]
+) -> None:
     shown = shown_classes(logits, label)
     probabilities = logits.softmax(dim=0)
     for place, index in enumerate(shown):

@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -12,8 +13,9 @@ matplotlib.use("Agg")  # no display on a cluster
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from torch import Tensor
 
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib lists its keys as literals
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -29,7 +31,9 @@ _LETTERS_PER_INCH = 11  # of a title
 
 
 @contextmanager
-def figure(path: Path, rows: int, columns: int, size: tuple[float, float], title: str, **options) -> Iterator:
+def figure(
+    path: Path, rows: int, columns: int, size: tuple[float, float], title: str, **options: Any
+) -> Iterator[np.ndarray]:
     """Axes of rows x columns panels, (rows, columns) even for one; on leaving, drawn to a PNG file.
 
     Args:
@@ -50,7 +54,7 @@ def figure(path: Path, rows: int, columns: int, size: tuple[float, float], title
             plt.close(drawn)
 
 
-def show_image(axis: Axes, pixels, title: str = "", **options) -> None:
+def show_image(axis: Axes, pixels: np.ndarray | Tensor, title: str = "", **options: Any) -> None:
     """An image without ticks and frame."""
     axis.imshow(np.asarray(pixels), **options)
     axis.set_title(title, fontsize=9)

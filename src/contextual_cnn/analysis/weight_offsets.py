@@ -25,10 +25,12 @@ class OffsetSizes(NamedTuple):
 
 
 def offset_sizes(modulation: Modulation) -> OffsetSizes:
-    """Of at least two images."""
+    """Of at least two images, of a layer with weight offsets."""
+    offsets = modulation.weight_offset
+    assert offsets is not None
     static = _rms(modulation.static_kernel())
-    mean = modulation.weight_offset.mean(dim=0)
-    return OffsetSizes(_rms(mean) / static, _rms(modulation.weight_offset - mean) / static)
+    mean = offsets.mean(dim=0)
+    return OffsetSizes(_rms(mean) / static, _rms(offsets - mean) / static)
 
 
 def most_varied_channels(weight_offset: Tensor, count: int = _CHANNELS) -> list[int]:
@@ -40,6 +42,7 @@ def most_varied_channels(weight_offset: Tensor, count: int = _CHANNELS) -> list[
 def plot_weight_offsets(images: Images, modulation: Modulation, path: Path) -> None:
     """A row for each of the channels that differ most: static kernel, mean dw of the images, and by what each image's
     dw differs from it, the last under one colour scale."""
+    assert modulation.weight_offset is not None
     offsets = modulation.weight_offset.cpu()
     static, mean = modulation.static_kernel().cpu(), offsets.mean(dim=0)
     channels = most_varied_channels(offsets)

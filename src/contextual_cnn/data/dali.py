@@ -24,6 +24,7 @@ from contextual_cnn.errors import UserError
 try:
     from nvidia.dali import Pipeline, fn, pipeline_def, types
     from nvidia.dali import math as dali_math
+    from nvidia.dali.data_node import DataNode
 
     from contextual_cnn.data.dali_feed import Feed
     from contextual_cnn.data.dali_feed import batches as feed_batches
@@ -83,13 +84,13 @@ def train_batches(
     )
 
     def build(first: int) -> Pipeline:
-        def source(info) -> tuple:
+        def source(info: types.BatchInfo) -> tuple:
             n = first + info.iteration
             draws = draw(augmentation, sampler.seed, sampler[n])
             crop = (*feed[n], draws.height, draws.width, draws.place)
             if on_device:
                 return crop
-            return (*crop, draws.flip, *(dali_ops.inputs(draws.ops, image_size) if policy is not None else ()))
+            return (*crop, draws.flip, *(dali_ops.inputs(draws.ops, image_size) if draws.ops is not None else ()))
 
         return _train_pipeline(
             source,
@@ -186,7 +187,7 @@ def _train_pipeline(
     ops_interpolation: str,
     normalisation: dict | None,
     on: str,
-):
+) -> tuple[DataNode, DataNode]:
     """Without `normalisation` the images stay uint8, neither augmented nor flipped."""
     inputs = list(_CROP_INPUTS)
     if normalisation is not None:
@@ -228,7 +229,7 @@ def _finish_on_device(
 @pipeline_def
 def _evaluation_pipeline(
     source: Callable, *, image_size: int, resize_size: int, interpolation: Interpolation, normalisation: dict, on: str
-):
+) -> tuple[DataNode, DataNode]:
     encoded, target = fn.external_source(
         source, num_outputs=2, batch=True, batch_info=True, dtype=[types.UINT8, types.INT64], ndim=[1, 0]
     )
@@ -249,20 +250,20 @@ def _evaluation_pipeline(
 
 
 @pipeline_def
-def _crops_alone(source: Callable, *, ratio: Sequence[float], on: str):
+def _crops_alone(source: Callable, *, ratio: Sequence[float], on: str) -> DataNode:
     """What of the training's pipeline depends on an image's bytes."""
-    inputs = fn.external_source(
+    encoded, heights, widths, place = fn.external_source(
         source,
         num_outputs=4,
         batch=True,
         dtype=[types.UINT8, *[types.FLOAT] * 3],
         ndim=[1] * 4,
     )
-    return _decode_crop(*inputs, ratio, on)
+    return _decode_crop(encoded, heights, widths, place, ratio, on)
 
 
 @pipeline_def
-def _decoder_alone(source: Callable, *, on: str):
+def _decoder_alone(source: Callable, *, on: str) -> tuple[DataNode, DataNode]:
     """What of the evaluation's pipeline depends on an image's bytes."""
     encoded = fn.external_source(source, batch=True, dtype=types.UINT8, ndim=1)
     return fn.decoders.image(encoded, **_decoder_arguments(on)), fn.peek_image_shape(encoded, adjust_orientation=False)
@@ -277,8 +278,11 @@ def _runs(pipeline: Pipeline) -> bool:
     return True
 
 
-def _decode_crop(encoded, heights, widths, place, ratio: Sequence[float], on: str):
-    anchor, shape = _random_crop(*_size_of(encoded), heights, widths, place, ratio)
+def _decode_crop(
+    encoded: DataNode, heights: DataNode, widths: DataNode, place: DataNode, ratio: Sequence[float], on: str
+) -> DataNode:
+    height, width = _size_of(encoded)
+    anchor, shape = _random_crop(height, width, heights, widths, place, ratio)
     return fn.decoders.image_slice(
         encoded,
         anchor,
@@ -290,7 +294,9 @@ def _decode_crop(encoded, heights, widths, place, ratio: Sequence[float], on: st
     )
 
 
-def _random_crop(height, width, heights, widths, place, ratio: Sequence[float]):
+def _random_crop(
+    height: DataNode, width: DataNode, heights: DataNode, widths: DataNode, place: DataNode, ratio: Sequence[float]
+) -> tuple[DataNode, DataNode]:
     """timm's RandomResizedCrop: the first of ten attempts that fits, else the largest central crop within `ratio`.
 
     Args:
@@ -310,7 +316,7 @@ def _random_crop(height, width, heights, widths, place, ratio: Sequence[float]):
     first = fn.cast(score == best, dtype=types.FLOAT)
     any_fits = fn.cast(best > 0.0, dtype=types.FLOAT)
 
-    def choose(attempt, fallback):
+    def choose(attempt: DataNode, fallback: DataNode) -> DataNode:
         return any_fits * attempt + (1.0 - any_fits) * fallback
 
     crop_height = choose(
@@ -333,27 +339,29 @@ def _random_crop(height, width, heights, widths, place, ratio: Sequence[float]):
     return fn.cast(fn.stack(*anchor), dtype=types.INT32), fn.cast(fn.stack(crop_height, crop_width), dtype=types.INT32)
 
 
-def _resize(images, size, interpolation: Interpolation, on: str):
+def _resize(images: DataNode, size: DataNode, interpolation: Interpolation, on: str) -> DataNode:
     """Antialiased. DALI's own takes a CPU five times as long, and is further away from Pillow.
 
     Args:
         size: height and width, whole numbers as float32.
     """
     if on == "cuda":
-        return fn.resize(images, size=size, interp_type=_INTERPOLATIONS[interpolation], subpixel_scale=False)
+        resized = fn.resize(images, size=size, interp_type=_INTERPOLATIONS[interpolation], subpixel_scale=False)
+        assert isinstance(resized, DataNode)  # as it is of one input
+        return resized
     size = fn.cast(size, dtype=types.INT32)
     by_threads = BatchResize(Pipeline.current().num_threads, interpolation)
     flat = fn.python_function(images, size, function=by_threads, batch_processing=True)
     return fn.reshape(flat, shape=fn.cat(size, types.Constant([3], dtype=types.INT32)), layout="HWC")
 
 
-def _size_of(encoded):
+def _size_of(encoded: DataNode) -> tuple[DataNode, DataNode]:
     """Height and width as float32, from the header."""
     shape = fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False), dtype=types.FLOAT)
     return shape[0], shape[1]
 
 
-def _half_to_even(room):
+def _half_to_even(room: DataNode) -> DataNode:
     """round(room / 2) as Python and torchvision round: x.5 to the even neighbour."""
     half = dali_math.floor(room * 0.5)
     is_half = room * 0.5 - half  # 0 or 0.5

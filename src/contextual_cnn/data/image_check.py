@@ -5,7 +5,7 @@ import io
 import struct
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -76,6 +76,7 @@ def image_kinds(encoded: bytes, name: str) -> list[str]:
         warnings.simplefilter("ignore")  # about EXIF and sizes; what matters of it is reported
         with open_image(encoded) as image:
             image.load()
+            assert image.format is not None  # the decoder's name; only images made in memory have none
             kind = "JPEG" if image.format == "MPO" else image.format  # a JPEG with a second picture behind it
             peculiarities = {
                 "CMYK": image.mode == "CMYK",
@@ -90,7 +91,7 @@ def image_kinds(encoded: bytes, name: str) -> list[str]:
     return [kind, *(peculiarity for peculiarity, applies in peculiarities.items() if applies)]
 
 
-def open_image(encoded: bytes, formats: Sequence[str] = FORMATS) -> Image.Image:
+def open_image(encoded: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """PIL's image, nothing decoded yet. Whatever opens an image opens it here.
 
     Left to itself, PIL tries all of its decoders whatever a file is called; the one for PostScript starts Ghostscript.
@@ -149,7 +150,7 @@ def _check_frame(precision: int, height: int, width: int) -> None:
         raise OSError(f"{precision} bits a channel, only 8 are decoded")
     if not width or not height:
         raise OSError(f"the header claims a size of {width} x {height}")
-    if width * height > 2 * Image.MAX_IMAGE_PIXELS:
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > 2 * Image.MAX_IMAGE_PIXELS:
         raise Image.DecompressionBombError(f"{width} x {height} pixels, taken for a decompression bomb")
 
 

@@ -126,6 +126,7 @@ class ImageData:
             if limit is not None and limit < len(source):
                 source = source.take(np.linspace(0, len(source), limit, endpoint=False, dtype=np.int64))
             self.sources[split] = source
+        assert classes is not None  # those of the last split
         self.classes = classes
         self.repeats, self.shuffle_shards = repeats, shuffle_shards
         self.image_size, self.crop_pct, self.eval_batch_size = image_size, crop_pct, eval_batch_size
@@ -173,7 +174,10 @@ class ImageData:
     ) -> Iterator[Batch]:
         """This rank's endless micro-batches from a step on."""
         source = self.sources["train"]
-        shards = ShardWindows(source.shard_sizes, self.shuffle_shards) if self.shuffle_shards else None
+        shards = None
+        if self.shuffle_shards:
+            assert source.shard_sizes is not None  # checked when the source was opened
+            shards = ShardWindows(source.shard_sizes, self.shuffle_shards)
         sampler = TrainSampler(plan, seed, world.rank, first_step, repeats=self.repeats, shards=shards)
         return self._loader_module().train_batches(
             source,

@@ -128,7 +128,9 @@ def _read_from_devkit(path: Path, names: tuple[str, ...]) -> dict[str, bytes]:
                 name = info.name.rpartition("/")[2]
                 if name in names:
                     check_member(info, path)
-                    found[name] = archive.extractfile(info).read()
+                    member = archive.extractfile(info)
+                    assert member is not None  # a plain file, as has been checked
+                    found[name] = member.read()
     except UserError:
         raise
     except Exception as error:  # zlib and tarfile raise anything about hostile bytes

@@ -21,11 +21,11 @@ def erase_randomly(images: Tensor, probability: float) -> Tensor:
 
     The rectangles are drawn by torch's generator for the CPU, the noise by that of the images' device.
     """
-    image, top, left, height, width = _draw_boxes(len(images), *images.shape[2:], probability)
-    sizes = height * width
+    owners, tops, lefts, heights, widths = _draw_boxes(len(images), images.shape[2], images.shape[3], probability)
+    sizes = heights * widths
     total = int(sizes.sum())
     firsts = np.cumsum(sizes) - sizes
-    boxes = to_device(np.stack([image, top, left, width, firsts], axis=1), images.device)
+    boxes = to_device(np.stack([owners, tops, lefts, widths, firsts], axis=1), images.device)
     repeats = to_device(sizes, images.device)
     image, top, left, width, first = boxes.repeat_interleave(repeats, dim=0, output_size=total).unbind(1)
     place = torch.arange(total, device=images.device) - first  # of an erased pixel within its rectangle

@@ -2,7 +2,7 @@
 
 import errno
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
@@ -26,7 +26,7 @@ class BatchReader(Generic[Place, Read]):
         read: (number, place within the batch, what is to be read there) -> what is handed over.
     """
 
-    def __init__(self, places: Callable[[int], Sequence[Place]], read: Callable[[int, int, Place], Read]) -> None:
+    def __init__(self, places: Callable[[int], Iterable[Place]], read: Callable[[int, int, Place], Read]) -> None:
         self._places, self._read = places, read
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
         self._started: dict[int, list[Future]] = {}

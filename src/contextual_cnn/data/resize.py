@@ -16,9 +16,8 @@ _PART = 4  # images that a thread takes at a time
 
 def resize(image: np.ndarray, height: int, width: int, interpolation: Interpolation) -> np.ndarray:
     """(H, W, 3) uint8 -> (height, width, 3), antialiased: Pillow's pixels but for roundings."""
-    image = torch.from_numpy(np.require(image, requirements="CW"))
     # A batch of one counts as channels_last, and is not copied, only if its stride is that of a longer batch
-    pixels = image.unsqueeze(0).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(np.require(image, requirements=("C", "W"))).unsqueeze(0).permute(0, 3, 1, 2)
     resized = interpolate(pixels, (height, width), mode=interpolation, antialias=True)
     return resized.permute(0, 2, 3, 1)[0].numpy()
 
@@ -41,4 +40,4 @@ class BatchResize:
 
 
 def _resize_flat(interpolation: Interpolation, part: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
-    return [resize(image, *size.tolist(), interpolation).reshape(-1) for image, size in part]
+    return [resize(image, int(height), int(width), interpolation).reshape(-1) for image, (height, width) in part]

@@ -24,7 +24,7 @@ def train_batches(
     *,
     image_size: int,
     device: torch.device,
-    **_,
+    **_: object,
 ) -> Iterator[Batch]:
     """As `dali.train_batches`; the targets are the images' own."""
     noise = _noise(sampler.plan.micro_batch, image_size, device)
@@ -49,7 +49,7 @@ class EvaluationBatches:
         batch_size: int,
         image_size: int,
         device: torch.device,
-        **_,
+        **_: object,
     ) -> None:
         self.images = len(images)
         self._targets, self._device = images.targets, device

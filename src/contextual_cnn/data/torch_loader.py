@@ -115,21 +115,23 @@ def _make_training_batch(
     n: int,
 ) -> _Made:
     """Without `fill` the images are neither augmented nor flipped."""
-    batch, reports, replaced = sampler[n], [], 0
+    batch, replaced = sampler[n], 0
+    reports: list[BadImage] = []
     draws = draw(augmentation, sampler.seed, batch)
     pixels = np.empty((len(batch.indices), size, size, 3), np.uint8)
     targets = np.empty(len(batch.indices), np.int64)
     for i, wanted in enumerate(batch.indices):
         index, image = first_usable(sampler.candidates(n, i), partial(_decode, images), reports.append)
-        image = _crop(image, draws, i, augmentation, size, interpolation)
-        pixels[i] = image if fill is None else _augment(image, draws, i, augmentation, fill)
+        crop = _crop(image, draws, i, augmentation, size, interpolation)
+        pixels[i] = crop if fill is None else _augment(crop, draws, i, augmentation, fill)
         targets[i] = images.targets[index]
         replaced += int(index != wanted)
     return _Made(torch.from_numpy(pixels), torch.from_numpy(targets), reports, replaced)
 
 
 def _make_evaluation_batch(images: ImageSource, shares: Sequence[np.ndarray], transform: Callable, n: int) -> _Made:
-    reports, blank = [], Image.new("RGB", (1, 1))
+    reports: list[BadImage] = []
+    blank = Image.new("RGB", (1, 1))
     taken = [blank_if_bad(int(index), partial(_decode, images), blank, reports.append) for index in shares[n]]
     pixels = torch.stack([transform(image).permute(1, 2, 0) for _, image in taken])
     targets = [COUNTS_AS_WRONG if index is None else int(images.targets[index]) for index, _ in taken]
@@ -182,7 +184,7 @@ def _on_device(loader: DataLoader, bad: BadImages, device: torch.device) -> Iter
     except BaseException:
         # An error keeps the loader alive until it is collected as garbage. By then the queue that tells a worker to
         # end is closed, and torch waits five seconds for each
-        batches._shutdown_workers()
+        batches._shutdown_workers()  # type: ignore[attr-defined] # the type of one without workers
         loader._iterator = None
         raise
 
@@ -209,8 +211,13 @@ def _crop(
 def _augment(pixels: np.ndarray, draws: Draws, i: int, augmentation: Augmentation, fill: tuple[int, ...]) -> np.ndarray:
     """RandAugment or color jitter by timm, and the flip."""
     if draws.ops is not None and (draws.ops.op[i] != Op.NONE).any():
-        options = dict(fill=fill, interpolation=augmentation.interpolation)
-        image = pil_ops.apply_ops(Image.fromarray(pixels), draws.ops.op[i], draws.ops.argument[i], **options)
+        image = pil_ops.apply_ops(
+            Image.fromarray(pixels),
+            draws.ops.op[i],
+            draws.ops.argument[i],
+            fill=fill,
+            interpolation=augmentation.interpolation,
+        )
         pixels = np.asarray(image)
     # torch's flip is ten times as fast as to copy from numpy's view
     return torch.tensor(pixels).flip(1).numpy() if draws.flip[i] else pixels

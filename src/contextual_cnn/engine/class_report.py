@@ -60,7 +60,7 @@ def write_class_report(
 
 def _rows(report: ClassReport, classes: Sequence[str], descriptions: Mapping[str, str]) -> Iterator[Sequence[object]]:
     yield ["class", "description", "images", "precision", "recall", "f1", "confused_with", "confused"]
-    for i in sorted(np.flatnonzero(report.images), key=lambda i: report.f1[i]):
+    for i in sorted(np.flatnonzero(report.images).tolist(), key=lambda i: report.f1[i]):
         other, name = report.confused_with[i], classes[i]
         shares = (f"{share[i]:.6f}" for share in (report.precision, report.recall, report.f1))
         confused_with = classes[other] if other >= 0 else ""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from contextual_cnn.contracts import Batch, StagedLoss
 from contextual_cnn.distributed import World, all_reduce_sum, gather_numbers
@@ -31,13 +32,16 @@ def explain_nonfinite(
     Returns:
         Losses by stage over all ranks (not finite where one of them is), lr, and where the batches are.
     """
-    worst, parts = None, {}
+    worst: tuple[bool, Batch, StagedLoss] | None = None
+    parts: dict[str, Tensor] = {}
     for batch, compute in micro_batches:
         loss = compute()
-        parts = {name: parts.get(name, 0) + part.double() for name, part in loss.parts.items()}
+        for name, part in loss.parts.items():
+            parts[name] = parts[name] + part.double() if name in parts else part.double()
         is_bad = not bool(torch.isfinite(loss.total))
         if worst is None or (is_bad and not worst[0]):
             worst = (is_bad, batch, loss)
+    assert worst is not None  # a step has at least one micro-batch
     is_bad, batch, loss = worst
     bad_ranks = [rank for rank, (bad,) in enumerate(gather_numbers([int(is_bad)])) if bad]
     if world.rank in (bad_ranks or [0]):

@@ -35,7 +35,7 @@ class StopRequest:
         self._handlers = {number: signal.signal(number, self._note) for number in (*_SIGNALS, *hang_up)}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 

@@ -71,7 +71,8 @@ class Trainer:
         self.config, self.listing = config, listing
         whole = epochs * plan.steps_per_epoch
         self.last_step = min(whole, settings.max_steps or whole)
-        self.step, self.best = 0, {"top1": -1.0, "epoch": 0, "weights": "raw"}
+        self.step = 0
+        self.best: dict[str, Any] = {"top1": -1.0, "epoch": 0, "weights": "raw"}
         self._ended_step = 0  # the last step after which the end of an epoch has been dealt with
         self._watchdog, self._phase = Watchdog(60 * settings.timeout_minutes, world.rank), "start"
         self._watches_stalls, self._warned_of_stalls = False, False

@@ -74,7 +74,7 @@ class TrainerSettings:
                 "trainer.ema_decay=0.9999",
             )
 
-    def autocast(self, device: torch.device):
+    def autocast(self, device: torch.device) -> torch.autocast:
         """The autocast context of this precision on this device; may be entered again and again."""
         bf16 = self.precision == "bf16" or (self.precision == "auto" and device.type == "cuda")
         return torch.autocast(device.type, torch.bfloat16, enabled=bf16)

@@ -1,7 +1,8 @@
 """One optimizer step and the state that it changes: accumulated micro-batches, the guard, the step, the average."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +174,12 @@ class TrainingStep:
         """
         self.schedule.step_update(step)
         prepared = (self._augment(next(batches), step, i) for i in range(self._plan.accumulation))
+
+        def loss_of(batch: Batch) -> StagedLoss:
+            return self._forward(self.module, batch)[1]
+
         found = explain_nonfinite(
-            ((batch, lambda batch=batch: self._forward(self.module, batch)[1]) for batch in prepared),
+            ((batch, partial(loss_of, batch)) for batch in prepared),
             folder=folder,
             step=step,
             lr=self.lr,
@@ -192,7 +197,7 @@ class TrainingStep:
         seed_all(Purpose.MICRO_BATCH, self._seed, self._plan.micro_batch_number(step, accumulated, self._world.rank))
         return self._augment_batch(batch)
 
-    def _forward(self, model: nn.Module, batch: Batch) -> tuple[StagedScores, StagedLoss]:
+    def _forward(self, model: Callable[..., Any], batch: Batch) -> tuple[StagedScores, StagedLoss]:
         images = batch.images
         if self._settings.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -202,7 +207,7 @@ class TrainingStep:
 
     def _accumulate(self, batch: Batch, last: bool) -> None:
         """Forward and backward of one micro-batch; gradients cross the ranks with the last one only."""
-        with self._model.no_sync() if self._world.size > 1 and not last else nullcontext():
+        with self._model.no_sync() if isinstance(self._model, DistributedDataParallel) and not last else nullcontext():
             scores, loss = self._forward(self._model, batch)
             # An infinite loss may have finite gradients: made NaN, they reach all ranks, which skip the step alike
             is_finite = torch.isfinite(loss.total.detach())

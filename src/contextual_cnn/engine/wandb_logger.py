@@ -91,8 +91,8 @@ class WandbLogger:
                     disable_git=True,
                     host="",
                 )
-                identity = dict(id=_run_id(self._folder), resume="allow")
-                run = wandb.init(**options, **identity, mode=attempt, settings=settings)
+                identity: dict[str, Any] = dict(id=_run_id(self._folder), resume="allow", mode=attempt)
+                run = wandb.init(**options, **identity, settings=settings)
                 run.define_metric("step")
                 run.define_metric("*", step_metric="step")
             except Exception as error:  # W&B raises errors of its own, of pydantic and of the network

@@ -27,7 +27,7 @@ class Watchdog:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._closed.set()
 
     def beat(self, what: str) -> None:
@@ -39,5 +39,5 @@ class Watchdog:
             silent = time.monotonic() - self._since
             if silent > self._seconds:
                 log.warning("rank %d has been in %s for %.0f s; its stacks follow", self._rank, self._what, silent)
-                faulthandler.dump_traceback(sys.__stderr__)
+                faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
                 return

@@ -3,11 +3,12 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 from torch import nn
 
+from contextual_cnn.contracts import TimmModel
 from contextual_cnn.errors import UserError
 from contextual_cnn.models.class_context import FEWEST_CLASSES, ClassCountError, ProjectionNorm, default_class_counts
 from contextual_cnn.models.contextual_conv import Convolution
@@ -85,7 +86,7 @@ def build_model(
 def _create(name: str, options: dict[str, Any], grad_checkpointing: bool) -> nn.Module:
     try:
         model = timm.create_model(name, pretrained=False, **options)  # nothing is fetched, whatever the options are
-        model.set_grad_checkpointing(grad_checkpointing)
+        cast(TimmModel, model).set_grad_checkpointing(grad_checkpointing)
     except ClassCountError as error:
         raise UserError(str(error), _fix_of_classes(name, options["num_classes"])) from error
     except _REFUSALS as error:

@@ -96,7 +96,7 @@ def default_class_counts(num_classes: int) -> tuple[int, int, int]:
     return scale_class_counts((500, 200, 50), 1000, num_classes)
 
 
-def scale_class_counts(counts: tuple[int, ...], of: int, num_classes: int) -> tuple[int, ...]:
+def scale_class_counts(counts: tuple[int, ...], of: int, num_classes: int) -> tuple[int, int, int]:
     """Class counts of so many classes for another number of classes: the same shares of it.
 
     Kept strictly decreasing and, where there are five classes or more, at least 2 at the end.

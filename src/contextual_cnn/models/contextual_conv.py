@@ -7,7 +7,7 @@ computed.
 Shapes: B images, C input channels, O output channels, H W map, Ho Wo output map, E context size, K kernel taps.
 """
 
-from typing import Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from timm.layers import LayerNorm2d
@@ -46,6 +46,14 @@ def replace_convolution(conv: nn.Conv2d, kind: Convolution, context_dim: int, ma
     )
 
 
+class Geometry(TypedDict):
+    """Of a convolution with the same numbers along both axes."""
+
+    stride: int
+    padding: int
+    dilation: int
+
+
 class _Replacement(nn.Module):
     """Weight, bias and geometry of the convolution that was there."""
 
@@ -54,7 +62,9 @@ class _Replacement(nn.Module):
         if conv.groups not in (1, conv.in_channels):
             raise ValueError(f"only dense and depthwise convolutions can be replaced, got groups={conv.groups}")
         self.weight, self.bias = conv.weight, conv.bias
-        self.geometry = dict(stride=conv.stride[0], padding=conv.padding[0], dilation=conv.dilation[0])
+        padding = conv.padding[0]
+        assert isinstance(padding, int)  # "same" and "valid" are not offered by the models
+        self.geometry = Geometry(stride=conv.stride[0], padding=padding, dilation=conv.dilation[0])
 
 
 def _as_conv2d_takes(x: Tensor) -> Tensor:
@@ -144,7 +154,7 @@ class TapMaps(nn.Module):
         self.from_context = nn.Linear(context_dim, maps, bias=False) if context_dim else None
         self.norm = LayerNorm2d(maps)
         self.act = nn.ReLU()
-        self.out = nn.Conv2d(maps, maps, conv.kernel_size, conv.stride, conv.padding, conv.dilation, groups=maps)
+        self.out = nn.Conv2d(maps, maps, **_options_of(conv), groups=maps)
         _zero(self.out)
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
@@ -172,11 +182,8 @@ class ExtraInputConv2d(_Replacement):
         self.from_context = nn.Conv2d(
             context_dim,
             conv.out_channels,
-            conv.kernel_size if dense else 1,
-            conv.stride,
-            conv.padding if dense else 0,
-            conv.dilation,
             bias=False,
+            **_options_of(conv) | ({} if dense else dict(kernel_size=1, padding=0)),
         )
         nn.init.zeros_(self.from_context.weight)
 
@@ -195,9 +202,7 @@ class DeformableConv2d(_Replacement):
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__(conv)
         self.taps = self.weight[0, 0].numel()
-        self.offset_mask = nn.Conv2d(
-            conv.in_channels, 3 * self.taps, conv.kernel_size, conv.stride, conv.padding, conv.dilation
-        )
+        self.offset_mask = nn.Conv2d(conv.in_channels, 3 * self.taps, **_options_of(conv))
         _zero(self.offset_mask)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -209,6 +214,12 @@ class DeformableConv2d(_Replacement):
         )
 
 
+def _options_of(conv: nn.Conv2d) -> dict[str, Any]:
+    """For a convolution of the same kernel size and steps."""
+    return dict(kernel_size=conv.kernel_size, stride=conv.stride, padding=conv.padding, dilation=conv.dilation)
+
+
 def _zero(layer: nn.Linear | nn.Conv2d) -> None:
     nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

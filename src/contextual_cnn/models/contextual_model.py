@@ -166,7 +166,7 @@ class ContextualModel(nn.Module):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -192,7 +192,7 @@ class ContextualModel(nn.Module):
         return intermediates if intermediates_only else (maps[-1], intermediates)
 
     def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Removes what the features asked for do not need, for good; returns their indices. As timm's models."""
         take, last = feature_take_indices(len(self.feature_info), indices)
@@ -220,7 +220,9 @@ class ContextualModel(nn.Module):
         Returns:
             The maps of the stem and of so many stages; logits and shortlists of the classifications between them.
         """
-        maps, logits, shortlists = [self.forward_stem(images)], [], []
+        maps = [self.forward_stem(images)]
+        logits: list[Tensor] = []
+        shortlists: list[Tensor] = []
         for stage, blocks in enumerate(self.stage_blocks()[:stages], start=1):
             x = maps[-1]
             context = self._context(stage, x, shortlists) if stage in self.contextual_stages else None

@@ -1,10 +1,11 @@
 """Contextual ConvNeXt (section 3.3): timm's ConvNeXt with contextual depthwise convolutions."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.convnext import ConvNeXt, ConvNeXtBlock
+from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage
 from torch import Tensor, nn
 
 from contextual_cnn.models.class_context import ProjectionNorm
@@ -19,7 +20,7 @@ from contextual_cnn.models.contextual_model import (
 from contextual_cnn.models.weights import checkpoint_filter_fn
 
 # depths and dims as timm's plain twins, which is what lets plain weights load
-_SIZES = {
+_SIZES: dict[str, dict[str, Any]] = {
     "contextual_convnext_atto": dict(depths=(2, 2, 6, 2), dims=(40, 80, 160, 320), conv_mlp=True),
     "contextual_convnext_tiny": dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768)),
     "contextual_convnext_small": dict(depths=(3, 3, 27, 3), dims=(96, 192, 384, 768)),
@@ -53,7 +54,7 @@ class ContextualConvNeXt(ContextualModel):
         drop_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **backbone,
+        **backbone: Any,
     ) -> None:
         plain = ConvNeXt(num_classes=0, **backbone)
         super().__init__(
@@ -70,7 +71,7 @@ class ContextualConvNeXt(ContextualModel):
         )
         self.stem, self.stages = plain.stem, plain.stages
         for stage in contextual_stages:
-            blocks = self.stages[stage - 1].blocks
+            blocks: Any = self.stages[stage - 1].blocks
             for i in range(0, len(blocks), contextual_every):
                 conv = replace_convolution(blocks[i].conv_dw, convolution, embedding_dim, mask)
                 blocks[i] = ContextualConvNeXtBlock(blocks[i], conv)
@@ -84,7 +85,7 @@ class ContextualConvNeXt(ContextualModel):
 
     def stage_blocks(self) -> Sequence[Iterable[nn.Module]]:
         """A stage's downsampling and its blocks."""
-        return [[stage.downsample, *stage.blocks] for stage in self.stages]
+        return [[stage.downsample, *stage.blocks] for stage in cast(Iterable[ConvNeXtStage], self.stages)]
 
     def keep_stages(self, count: int) -> None:
         self.stages = self.stages[:count]
@@ -115,17 +116,18 @@ def _plain_convnext(
     contextual_stages: Sequence[int] = (2, 3, 4),
     contextual_every: int = 3,
     convolution: Convolution = "plain",
-    **backbone,
+    **backbone: Any,
 ) -> ConvNeXt:
     """The plain twin with other convolutions in the same places: the ablations that have no context."""
     model = ConvNeXt(**without_context_options(backbone))
     for stage in contextual_stages:
-        for block in model.stages[stage - 1].blocks[::contextual_every]:
+        blocks: Any = model.stages[stage - 1].blocks
+        for block in blocks[::contextual_every]:
             block.conv_dw = replace_convolution(block.conv_dw, convolution, 0)
     return model
 
 
-def _create(variant: str, pretrained: bool, **kwargs) -> nn.Module:
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     kind = ContextualConvNeXt if takes_context(kwargs) else _plain_convnext
     return build_model_with_cfg(
         kind,
@@ -162,24 +164,24 @@ default_cfgs = generate_default_cfgs(
 
 
 @register_model
-def contextual_convnext_atto(pretrained: bool = False, **kwargs) -> ContextualConvNeXt:
+def contextual_convnext_atto(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """For small machines and small images; not in the paper."""
     return _create("contextual_convnext_atto", pretrained, **kwargs)
 
 
 @register_model
-def contextual_convnext_tiny(pretrained: bool = False, **kwargs) -> ContextualConvNeXt:
+def contextual_convnext_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Contextual ConvNeXt-T."""
     return _create("contextual_convnext_tiny", pretrained, **kwargs)
 
 
 @register_model
-def contextual_convnext_small(pretrained: bool = False, **kwargs) -> ContextualConvNeXt:
+def contextual_convnext_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Contextual ConvNeXt-S."""
     return _create("contextual_convnext_small", pretrained, **kwargs)
 
 
 @register_model
-def contextual_convnext_base(pretrained: bool = False, **kwargs) -> ContextualConvNeXt:
+def contextual_convnext_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Contextual ConvNeXt-B."""
     return _create("contextual_convnext_base", pretrained, **kwargs)

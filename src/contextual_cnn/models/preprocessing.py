@@ -4,11 +4,12 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from contextual_cnn.checkpoint import step_of
+from contextual_cnn.contracts import TimmModel
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ def warn_of_other_pixels(model: nn.Module, weights: str | None, data: Mapping[st
     """
     if weights is None or _is_of_a_run(Path(weights).expanduser()):
         return
-    asked = model.pretrained_cfg
+    asked = cast(TimmModel, model).pretrained_cfg
     differing = [key for key, value in data.items() if key in asked and _plain(asked[key]) != _plain(value)]
     differences = [f"{key} {_typed(data[key])} instead of {_typed(asked[key])}" for key in differing]
     if asked.get("crop_mode", "center") != "center":

@@ -1,6 +1,7 @@
 """Contextual ResNet-50 (section 4.3, the ablations' backbone): timm's ResNet with contextual 3x3 convolutions."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -49,7 +50,7 @@ class ContextualResNet(ContextualModel):
         drop_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **backbone,
+        **backbone: Any,
     ) -> None:
         plain = ResNet(num_classes=0, **backbone)
         super().__init__(
@@ -81,7 +82,8 @@ class ContextualResNet(ContextualModel):
 
     def stage_blocks(self) -> Sequence[Iterable[nn.Module]]:
         """The four layers' blocks; the first of a layer downsamples, that of layer 1 after the pooling."""
-        return (self.maxpool, *self.layer1), self.layer2, self.layer3, self.layer4
+        first, *others = (getattr(self, f"layer{stage}") for stage in range(1, STAGES + 1))
+        return [(self.maxpool, *first), *others]
 
     def keep_stages(self, count: int) -> None:
         for stage in range(count + 1, STAGES + 1):
@@ -96,6 +98,7 @@ class ContextualBottleneck(ContextualBlock):
         self.conv1, self.bn1, self.act1 = block.conv1, block.bn1, block.act1
         self.conv2, self.bn2, self.act2 = conv, block.bn2, block.act2
         self.conv3, self.bn3, self.act3 = block.conv3, block.bn3, block.act3
+        assert block.aa is not None  # at least an Identity
         self.drop_block, self.aa, self.se = block.drop_block, block.aa, block.se
         self.drop_path, self.downsample = block.drop_path, block.downsample
 
@@ -114,7 +117,7 @@ def _plain_resnet(
     contextual_stages: Sequence[int] = (2, 3, 4),
     contextual_every: int = 1,
     convolution: Convolution = "plain",
-    **backbone,
+    **backbone: Any,
 ) -> ResNet:
     """The plain twin with other convolutions in the same places: the ablations that have no context."""
     model = ResNet(**without_context_options(backbone))
@@ -146,7 +149,7 @@ default_cfgs = generate_default_cfgs(
 
 
 @register_model
-def contextual_resnet50(pretrained: bool = False, **kwargs) -> nn.Module:
+def contextual_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Contextual ResNet-50, and with another `convolution` every row of the paper's ablations."""
     kind = ContextualResNet if takes_context(kwargs) else _plain_resnet
     return build_model_with_cfg(

@@ -6,6 +6,7 @@
 import logging
 import re
 from pathlib import Path
+from typing import cast
 
 from timm.models import load_state_dict
 from timm.models.convnext import checkpoint_filter_fn as original_convnext_names
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from contextual_cnn.checkpoint import find_checkpoint, is_checkpoint, load_checkpoint
 from contextual_cnn.checkpoint_entries import choose_weights, require_entries
+from contextual_cnn.contracts import TimmModel
 from contextual_cnn.errors import UserError
 from contextual_cnn.models.contextual_model import ContextualModel
 
@@ -104,7 +106,8 @@ def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str
         state = {key: value for key, value in state.items() if not key.startswith(_PLAIN_HEAD)}
     if model.num_classes:
         state = {key: value for key, value in state.items() if not _is_other_classifier(key, value, own)}
-    input_weight = f"{model.pretrained_cfg['first_conv']}.weight"  # timm's loader adapts it to other channels
+    first = cast(TimmModel, model).pretrained_cfg["first_conv"]
+    input_weight = f"{first}.weight"  # timm's loader adapts it to other channels
     fits = {
         key for key, value in state.items() if key in own and (own[key].shape == value.shape or key == input_weight)
     }

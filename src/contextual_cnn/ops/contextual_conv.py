@@ -58,7 +58,15 @@ def contextual_conv2d(
     return y if bias is None else y + bias.to(y.dtype).view(1, -1, 1, 1)
 
 
-def _depthwise(x, weight, weight_offset, sampling_offset, mask, geometry, implementation) -> Tensor:
+def _depthwise(
+    x: Tensor,
+    weight: Tensor,
+    weight_offset: Tensor | None,
+    sampling_offset: Tensor | None,
+    mask: Tensor | None,
+    geometry: tuple[int, int, int],
+    implementation: Implementation,
+) -> Tensor:
     regular = sampling_offset is None and mask is None
     if regular and weight_offset is None:
         return conv2d(x, weight.to(x.dtype), None, *geometry, groups=x.shape[1])
@@ -71,7 +79,15 @@ def _depthwise(x, weight, weight_offset, sampling_offset, mask, geometry, implem
     return sampled_conv2d(x, combined, sampling_offset, mask, geometry, implementation)
 
 
-def _dense(x, weight, weight_offset, sampling_offset, mask, geometry, implementation) -> Tensor:
+def _dense(
+    x: Tensor,
+    weight: Tensor,
+    weight_offset: Tensor | None,
+    sampling_offset: Tensor | None,
+    mask: Tensor | None,
+    geometry: tuple[int, int, int],
+    implementation: Implementation,
+) -> Tensor:
     """The static part is one batched convolution; dw is the same for every output channel, so its part is one map.
 
     sum_{c,k} (w(o,c,k) + dw(c,k)) x(..) = sum_{c,k} w(o,c,k) x(..) + [sum_{c,k} dw(c,k) x(..), the same for every o]
@@ -81,7 +97,10 @@ def _dense(x, weight, weight_offset, sampling_offset, mask, geometry, implementa
         y = conv2d(x, weight.to(x.dtype), None, *geometry)
     else:
         # torchvision's operator has no low precision on CPUs; with one group it is a batched matrix product
-        offset = sampling_offset if sampling_offset is not None else torch.zeros_like(mask).repeat(1, 2, 1, 1)
+        offset = sampling_offset
+        if offset is None:
+            assert mask is not None
+            offset = torch.zeros_like(mask).repeat(1, 2, 1, 1)
         exact = torch.promote_types(x.dtype, torch.float32)
         amount = mask.to(exact) if mask is not None else None
         with torch.autocast(x.device.type, enabled=False):
@@ -108,7 +127,16 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def _check_shapes(x, weight, weight_offset, sampling_offset, mask, stride, padding, dilation) -> None:
+def _check_shapes(
+    x: Tensor,
+    weight: Tensor,
+    weight_offset: Tensor | None,
+    sampling_offset: Tensor | None,
+    mask: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+) -> None:
     batch, channels, height, width = x.shape
     kh, kw = weight.shape[-2:]
     if weight.shape[:2] != (channels, 1) and weight.shape[1] != channels:

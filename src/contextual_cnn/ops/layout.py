@@ -4,6 +4,13 @@ import torch
 from torch import Tensor
 
 
+def output_shape(offset: Tensor | None, mask: Tensor | None) -> torch.Size:
+    """Ho and Wo: those of the offset, of the mask, or of both; one of the two is always there."""
+    like = offset if offset is not None else mask
+    assert like is not None
+    return like.shape[2:]
+
+
 def pixels(image: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, C, H, W) -> contiguous (B, H, W, C)."""
     return image.to(dtype).permute(0, 2, 3, 1).contiguous()

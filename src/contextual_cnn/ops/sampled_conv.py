@@ -18,13 +18,14 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from contextual_cnn.errors import UserError
 from contextual_cnn.ops import sampled_conv_cpp, sampled_conv_torch
+from contextual_cnn.ops.layout import output_shape
 
 log = logging.getLogger(__name__)
 
@@ -146,13 +147,22 @@ def kernel_backward(
 
 
 @kernel.register_fake
-def _(x, weight, offset, mask, geometry, wanted):
-    like = offset if offset is not None else mask
-    return _empty_channels_last(x, (*x.shape[:2], *like.shape[2:]))
+def _(
+    x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | None, geometry: Sequence[int], wanted: str
+) -> Tensor:
+    return _empty_channels_last(x, (*x.shape[:2], *output_shape(offset, mask)))
 
 
 @kernel_backward.register_fake
-def _(gradient, x, weight, offset, mask, geometry, wanted):
+def _(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    geometry: Sequence[int],
+    wanted: str,
+) -> tuple[Tensor, ...]:
     gx, *maps = (_empty_channels_last(t, t.shape) if t is not None else x.new_empty(0) for t in (x, offset, mask))
     return gx, weight.new_empty(weight.shape), *maps
 
@@ -162,12 +172,12 @@ def _empty_channels_last(like: Tensor, shape: Sequence[int]) -> Tensor:
     return like.new_empty(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     *tensors, ctx.geometry, ctx.wanted = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx, gradient: Tensor):
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     gradients = kernel_backward(gradient, *tensors, ctx.geometry, ctx.wanted)
     return *(g if t is not None else None for g, t in zip(gradients, tensors, strict=True)), None, None

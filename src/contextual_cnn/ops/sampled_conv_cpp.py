@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from contextual_cnn.ops.compiled_cache import load_cached
-from contextual_cnn.ops.layout import map_back, pixels
+from contextual_cnn.ops.layout import map_back, output_shape, pixels
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +72,8 @@ def _processor() -> str:
 
 def forward(x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | None, geometry: Sequence[int]) -> Tensor:
     """As `sampled_conv.sampled_conv2d`."""
-    like = offset if offset is not None else mask
     y = torch.ops.contextual_cnn_cpu.sampled_conv2d(
-        *_inside(x, weight, offset, mask), *like.shape[2:], weight.shape[2:], *geometry
+        *_inside(x, weight, offset, mask), *output_shape(offset, mask), weight.shape[2:], *geometry
     )
     return y.permute(0, 3, 1, 2).to(x.dtype)
 

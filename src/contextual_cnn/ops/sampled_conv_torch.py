@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from contextual_cnn.ops.layout import output_shape
+
 _CHUNK_ELEMENTS = 64 * 2**20  # sampled taps held at once in inference: 256 MiB in float32
 
 
 def forward(x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | None, geometry: Sequence[int]) -> Tensor:
     """As `sampled_conv.sampled_conv2d`."""
     batch, channels = x.shape[:2]
-    kernel, out = weight.shape[2:], (offset if offset is not None else mask).shape[2:]
+    kernel, out = weight.shape[2:], output_shape(offset, mask)
     exact = torch.promote_types(x.dtype, torch.float32)
     taps = weight.to(exact).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, K, C)
     pixels = x.to(exact).permute(0, 2, 3, 1)  # (B, H, W, C)

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from contextual_cnn.ops.layout import map_back, pixels, taps, taps_back
+from contextual_cnn.ops.layout import map_back, output_shape, pixels, taps, taps_back
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ BLOCKS = Blocks()
 
 
 @triton.jit
-def _regular_points(p, out_width, stride, padding):
+def _regular_points(p: tl.tensor, out_width: tl.tensor, stride: tl.tensor, padding: tl.tensor) -> tl.tuple:
     """Row and column, in pixels, of the first tap of the positions p, without offsets."""
     # An integer division by a number that is not known when it is compiled takes forty instructions; half a position
     # more keeps the product clear of whole rows, for maps of up to a million positions
@@ -61,7 +61,10 @@ def _regular_points(p, out_width, stride, padding):
 
 
 @triton.jit
-def _tap_points(row, column, offset, entry, in_range, k, dilation, KW: tl.constexpr):
+def _tap_points(
+    row: tl.tensor, column: tl.tensor, offset: tl.tensor | None, entry: tl.tensor,
+    in_range: tl.tensor, k: tl.tensor, dilation: tl.tensor, KW: tl.constexpr,
+) -> tl.tuple:  # fmt: skip
     """Row and column at which tap k samples; entry: index of (position, tap) within the sample."""
     row += (k // KW * dilation).to(tl.float32)
     column += (k % KW * dilation).to(tl.float32)
@@ -72,7 +75,7 @@ def _tap_points(row, column, offset, entry, in_range, k, dilation, KW: tl.conste
 
 
 @triton.jit
-def _corners(row, column, amount, H, W):
+def _corners(row: tl.tensor, column: tl.tensor, amount: tl.tensor, H: tl.tensor, W: tl.tensor) -> tl.tuple:
     """The four pixels around a sampling point.
 
     Returns:
@@ -81,7 +84,9 @@ def _corners(row, column, amount, H, W):
     """
     top, left = tl.floor(row), tl.floor(column)
     down, right = row - top, column - left
-    indices, insides, weights = (), (), ()
+    indices: tl.tuple = ()
+    insides: tl.tuple = ()
+    weights: tl.tuple = ()
     for i in tl.static_range(4):
         at_row, at_column = top + i // 2, left + i % 2
         inside = (at_row >= 0) & (at_row < H) & (at_column >= 0) & (at_column < W)
@@ -93,23 +98,23 @@ def _corners(row, column, amount, H, W):
 
 
 @triton.jit
-def _rows(tensor, indices, c, C):
+def _rows(tensor: tl.tensor, indices: tl.tuple, c: tl.tensor, C: tl.tensor) -> tl.tuple:
     """Pointers to the channels c of four rows each; a chunk further is a constant further, free of arithmetic."""
-    pointers = ()
+    pointers: tl.tuple = ()
     for i in tl.static_range(4):
         pointers = pointers + (tensor + (indices[i] * C)[:, None] + c[None, :],)
     return pointers
 
 
 @triton.jit
-def _load(pointers, c, C, WHOLE: tl.constexpr):
+def _load(pointers: tl.tensor, c: tl.tensor, C: tl.tensor, WHOLE: tl.constexpr) -> tl.tensor:
     """As float32. WHOLE: there are no channels beyond C to leave out."""
     return (tl.load(pointers) if WHOLE else tl.load(pointers, mask=(c < C)[None, :], other=0.0)).to(tl.float32)
 
 
 @triton.jit
-def _zeros(CHUNKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    zeros = ()
+def _zeros(CHUNKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr) -> tl.tuple:
+    zeros: tl.tuple = ()
     for _ in tl.static_range(CHUNKS):
         zeros = zeros + (tl.zeros((ROWS, COLUMNS), tl.float32),)
     return zeros
@@ -117,10 +122,12 @@ def _zeros(CHUNKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    x, w, offset, mask, y, H, W, C, P, out_width, stride, padding, dilation,
+    x: tl.tensor, w: tl.tensor, offset: tl.tensor | None, mask: tl.tensor | None, y: tl.tensor,
+    H: tl.tensor, W: tl.tensor, C: tl.tensor, P: tl.tensor, out_width: tl.tensor, stride: tl.tensor, padding: tl.tensor,
+    dilation: tl.tensor,
     K: tl.constexpr, KW: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     first = tl.program_id(1) * CHUNKS * BLOCK_C + tl.arange(0, BLOCK_C)
     b = tl.program_id(2).to(tl.int64)
@@ -134,7 +141,7 @@ def _forward_kernel(
         amount = tl.load(mask + p * K + k, mask=p < P, other=0.0) if mask is not None else 1.0
         indices, _, weights, _, _ = _corners(row, column, amount, H, W)
         corners = _rows(x, indices, first, C)
-        more = ()
+        more: tl.tuple = ()
         for chunk in tl.static_range(CHUNKS):
             c = first + chunk * BLOCK_C
             sample = weights[0][:, None] * _load(corners[0] + chunk * BLOCK_C, c, C, WHOLE)
@@ -150,10 +157,13 @@ def _forward_kernel(
 
 @triton.jit
 def _weight_offset_kernel(
-    gy, x, w, offset, mask, gw, goffset, gmask, H, W, C, P, B, out_width, stride, padding, dilation,
+    gy: tl.tensor, x: tl.tensor, w: tl.tensor, offset: tl.tensor | None, mask: tl.tensor | None,
+    gw: tl.tensor, goffset: tl.tensor | None, gmask: tl.tensor | None,
+    H: tl.tensor, W: tl.tensor, C: tl.tensor, P: tl.tensor, B: tl.tensor, out_width: tl.tensor,
+    stride: tl.tensor, padding: tl.tensor, dilation: tl.tensor,
     K: tl.constexpr, KW: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Each group of channels writes its own part of the offsets' and the mask's gradients, to be summed outside."""
     k = tl.program_id(0)
     first = tl.program_id(1) * CHUNKS * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -172,14 +182,14 @@ def _weight_offset_kernel(
         corners = _rows(x, indices, first, C)
         # Products of the upstream gradient with each corner, added up over the channels last of all
         products = _zeros(4, BLOCK_P, BLOCK_C)
-        more = ()
+        more: tl.tuple = ()
         for chunk in tl.static_range(CHUNKS):
             c = first + chunk * BLOCK_C
             here = (p < P)[:, None] if WHOLE else (p < P)[:, None] & (c < C)[None, :]
             upstream = tl.load(gy + (p * C)[:, None] + c[None, :], mask=here, other=0.0).to(tl.float32)
             weighted = upstream * tl.load(w + c, mask=c < C, other=0.0)[None, :]
             sample = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-            more_products = ()
+            more_products: tl.tuple = ()
             for i in tl.static_range(4):
                 corner = _load(corners[i] + chunk * BLOCK_C, c, C, WHOLE)
                 more_products = more_products + (products[i] + weighted * corner,)
@@ -204,17 +214,19 @@ def _weight_offset_kernel(
 
 
 @triton.jit
-def _hats(distance):
+def _hats(distance: tl.tensor) -> tl.tensor:
     """max(0, 1 - |distance|); NaN stays NaN."""
     return tl.maximum(1 - tl.abs(distance), 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _input_kernel(
-    gy, w, offset, mask, rows, gx, H, W, C, P, out_width, stride, padding, dilation, spans,
+    gy: tl.tensor, w: tl.tensor, offset: tl.tensor | None, mask: tl.tensor | None, rows: tl.tensor, gx: tl.tensor,
+    H: tl.tensor, W: tl.tensor, C: tl.tensor, P: tl.tensor, out_width: tl.tensor, stride: tl.tensor, padding: tl.tensor,
+    dilation: tl.tensor, spans: tl.tensor,
     K: tl.constexpr, KW: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """rows: (B, K, spans, 2), first and last row that each block of positions samples at."""
     first_pixel = tl.program_id(0) * BLOCK_Q
     q = first_pixel + tl.arange(0, BLOCK_Q)
@@ -239,7 +251,7 @@ def _input_kernel(
                 if mask is not None:
                     hats *= tl.load(mask + p * K + k, mask=p < P, other=0.0)[None, :]
                 hats = hats.to(gy.dtype.element_ty)
-                more = ()
+                more: tl.tuple = ()
                 for chunk in tl.static_range(CHUNKS):
                     c = first + chunk * BLOCK_C
                     here = (p < P)[:, None] if WHOLE else (p < P)[:, None] & (c < C)[None, :]
@@ -280,9 +292,14 @@ def backward(
     return (
         map_back(gx, x),
         taps_back(gw, weight),
-        map_back(goffset.sum(dim=0), offset) if offset is not None else x.new_empty(0),
-        map_back(gmask.sum(dim=0), mask) if mask is not None else x.new_empty(0),
+        _sum(goffset, offset, x),
+        _sum(gmask, mask, x),
     )
+
+
+def _sum(parts: Tensor | None, like: Tensor | None, x: Tensor) -> Tensor:
+    """The gradient of an offset or a mask, from each group's part; an empty one of what is not there."""
+    return map_back(parts.sum(dim=0), like) if parts is not None and like is not None else x.new_empty(0)
 
 
 def _weight_offset_gradients(g: "_Geometry", gy: Tensor, inside: tuple) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -314,11 +331,12 @@ def _input_gradient(g: "_Geometry", gy: Tensor, inside: tuple) -> Tensor:
 class _Geometry:
     """The numbers that every kernel takes."""
 
-    def __init__(self, x, weight, offset, mask, geometry) -> None:
-        like = offset if offset is not None else mask
+    def __init__(
+        self, x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | None, geometry: Sequence[int]
+    ) -> None:
         self.device = x.device
         self.batch, self.channels, height, width = x.shape
-        self.out = tuple(like.shape[2:])
+        self.out = tuple(output_shape(offset, mask))
         self.positions = self.out[0] * self.out[1]
         self.kernel, self.kernel_width = weight.shape[2] * weight.shape[3], weight.shape[3]
         self.sizes = (height, width, self.channels, self.positions, self.out[1], *geometry)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 from torchvision.ops import deform_conv2d  # noqa: F401 - declares torch.ops.torchvision.deform_conv2d
 
+from contextual_cnn.ops.layout import output_shape
 from contextual_cnn.ops.sampled_conv import kernel  # noqa: F401 - declares torch.ops.contextual_cnn.sampled_conv2d
 from contextual_cnn.ops.sampled_conv_torch import regular_grid
 
@@ -30,13 +31,16 @@ def _depthwise(
     x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | None, geometry: Sequence[int], wanted: str
 ) -> Tensor:
     """contextual_cnn::sampled_conv2d: (B, C, H, W) and (B, C, kh, kw) -> (B, C, Ho, Wo)."""
-    out = (offset if offset is not None else mask).shape[2:]
+    out = output_shape(offset, mask)
     samples = _sample(x, weight.shape[2:], out, offset, mask, geometry)  # (B, C, P, K)
     y = samples @ weight.to(samples.dtype).flatten(2).unsqueeze(-1)
     return y.squeeze(-1).unflatten(2, out).to(x.dtype)
 
 
-def _dense(x, weight, offset, mask, bias, sh, sw, ph, pw, dh, dw, groups, offset_groups, use_mask) -> Tensor:
+def _dense(
+    x: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, bias: Tensor,
+    sh: int, sw: int, ph: int, pw: int, dh: int, dw: int, groups: int, offset_groups: int, use_mask: bool,
+) -> Tensor:  # fmt: skip
     """torchvision::deform_conv2d as `contextual_conv2d` calls it: one group, square geometry."""
     out = offset.shape[2:]
     samples = _sample(x, weight.shape[2:], out, offset, mask if use_mask else None, (sh, ph, dh))

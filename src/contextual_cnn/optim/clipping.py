@@ -1,9 +1,11 @@
 """Clipping of the gradient, in timm's three ways."""
 
-from typing import Literal
+from typing import Literal, cast
 
 from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
+
+from contextual_cnn.contracts import TimmModel
 
 Clipping = Literal["norm", "value", "agc"]
 
@@ -25,6 +27,6 @@ def clip_gradients(model: nn.Module, limit: float | None, mode: Clipping) -> Ten
     if mode == "norm":
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     else:
-        spared = {id(p) for p in model.get_classifier().parameters()} if mode == "agc" else set()
+        spared = {id(p) for p in cast(TimmModel, model).get_classifier().parameters()} if mode == "agc" else set()
         dispatch_clip_grad([p for p in parameters if id(p) not in spared], limit, mode)
     return norm

@@ -48,8 +48,8 @@ def build_optimizer(
             f"there is no optimizer named {name!r}",
             "optimizer.name is one of timm's, for example adamw, lamb, sgd",
         )
-    options = {"betas": tuple(betas) if betas is not None else None, "eps": eps, "momentum": momentum}
-    options = {key: value for key, value in options.items() if value is not None}
+    given = {"betas": tuple(betas) if betas is not None else None, "eps": eps, "momentum": momentum}
+    options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     _check_options(name, options)
     if lr_base_size < 1:
         raise UserError(f"optimizer.lr_base_size must be 1 or more, got {lr_base_size}", "optimizer.lr_base_size=4096")
@@ -92,7 +92,7 @@ def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
     """
     if optimizer.defaults.get("fused"):
         # The fused kernels look at found_inf themselves, as under a GradScaler: the host need not wait
-        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined] # as there
         optimizer.step()
     elif finite.item():
         optimizer.step()

@@ -5,9 +5,13 @@ that it needs, and the branches share what they can: two layers take some 320 op
 these names differ from PIL's by whole levels, hence the compositions.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from nvidia.dali import fn, types
 from nvidia.dali import math as dali_math
+from nvidia.dali.data_node import DataNode
 
 from contextual_cnn.data.randaugment.policy import GEOMETRY, ImageOps, Op, affine_matrices
 
@@ -52,7 +56,16 @@ def inputs(ops: ImageOps, size: int) -> tuple[np.ndarray, ...]:
     return branch, argument.astype(np.float32), levels, affine_matrices(ops, size, size).astype(np.float32)
 
 
-def apply_ops(images, inputs: tuple, layers: int, *, size: int, fill: tuple[int, ...], interpolation: str, on: str):
+def apply_ops(
+    images: DataNode,
+    inputs: Sequence[DataNode],
+    layers: int,
+    *,
+    size: int,
+    fill: tuple[int, ...],
+    interpolation: str,
+    on: str,
+) -> DataNode:
     """(size, size, 3) uint8 images -> the same, each through its layers; within a pipeline with conditionals.
 
     Args:
@@ -67,7 +80,9 @@ def apply_ops(images, inputs: tuple, layers: int, *, size: int, fill: tuple[int,
     return images
 
 
-def _apply_layer(images, branch, factor, levels, matrix, pixels: "_Pixels"):
+def _apply_layer(
+    images: DataNode, branch: DataNode, factor: DataNode, levels: DataNode, matrix: DataNode, pixels: "_Pixels"
+) -> DataNode:
     if branch == _NONE:
         result = images
     elif branch == _LEVELS:
@@ -91,7 +106,7 @@ def _apply_layer(images, branch, factor, levels, matrix, pixels: "_Pixels"):
     return result
 
 
-def _truncate(values):
+def _truncate(values: DataNode) -> DataNode:
     """Float levels -> uint8, cut off like PIL, saturated. DALI's own cast rounds, one value at a time on a CPU."""
     bits = fn.reinterpret(values + (_JUST_BELOW - 0.5) + _MAGIC, dtype=types.INT32)
     return fn.cast(bits - _MAGIC_BITS, dtype=types.UINT8)
@@ -104,38 +119,38 @@ class _Pixels:
         self.size, self.interpolation, self.device = size, interpolation, device
         self.fill = np.array(fill, dtype=np.float32)
 
-    def here(self, node):
+    def here(self, node: DataNode) -> DataNode:
         return node.gpu() if self.device == "gpu" else node
 
-    def constant(self, values: np.ndarray):
+    def constant(self, values: np.ndarray) -> DataNode:
         return types.Constant(values, device=self.device)
 
-    def change_levels(self, x, levels):
+    def change_levels(self, x: DataNode, levels: DataNode) -> DataNode:
         inverted = fn.cast(x >= levels[0], dtype=types.UINT8) * _INVERT
         raised = fn.cast(x < 128, dtype=types.UINT8) * fn.cast(levels[2], dtype=types.UINT8)
         return ((x ^ inverted) & fn.cast(levels[1], dtype=types.UINT8)) + raised
 
-    def contrast(self, x, factor):
+    def contrast(self, x: DataNode, factor: DataNode) -> DataNode:
         mean = dali_math.floor(fn.reductions.mean(_grey(x)) + 0.5)
         return x * factor + mean * (1.0 - factor)
 
-    def color(self, x, factor):
+    def color(self, x: DataNode, factor: DataNode) -> DataNode:
         grey = fn.color_space_conversion(_grey(x), image_type=types.GRAY, output_type=types.RGB)
         return x * factor + grey * (1.0 - factor)
 
-    def sharpness(self, x, factor):
+    def sharpness(self, x: DataNode, factor: DataNode) -> DataNode:
         smooth = fn.filter(x, self.constant(_SMOOTH), dtype=types.UINT8)
         inner = np.zeros((self.size, self.size, 3), dtype=np.float32)
         inner[1:-1, 1:-1] = 1  # PIL leaves the border as it is
         return x + (smooth * 1.0 - x) * (self.constant(inner) * (1.0 - factor))
 
-    def auto_contrast(self, x):
+    def auto_contrast(self, x: DataNode) -> DataNode:
         low, high = (bound(x, axes=[0, 1]) * 1.0 for bound in (fn.reductions.min, fn.reductions.max))
         flat = fn.cast(high == low, dtype=types.FLOAT)  # such a channel stays: (x - 0) * 1
         scale = 255.0 / (high - low + flat * 255.0)
         return (x - low * (1.0 - flat)) * scale
 
-    def equalize(self, x):
+    def equalize(self, x: DataNode) -> DataNode:
         # PIL counts the levels below a level, DALI those up to it: the same thing from the other end
         equal = _INVERT ^ fn.equalize(_INVERT ^ x)
         highest = fn.reductions.max(x, axes=[0, 1])
@@ -146,7 +161,7 @@ class _Pixels:
         # PIL rounds here, which is to cut off half a level higher
         return equal * (others / (255.0 * step + stays) * (1.0 - stays)) + x * stays + 0.5
 
-    def move(self, x, matrix):
+    def move(self, x: DataNode, matrix: DataNode) -> DataNode:
         # DALI clamps neighbours like PIL if it is given no fill; what is outside, a nearest warp of ones tells
         ones = fn.reshape(self.constant(np.ones((self.size, self.size, 3), dtype=np.uint8)), layout="HWC")
         inside = fn.warp_affine(ones, matrix=matrix, interp_type=types.INTERP_NN, fill_value=0.0)
@@ -156,7 +171,7 @@ class _Pixels:
             moved = fn.warp_affine(x, matrix=matrix, interp_type=types.INTERP_LINEAR, dtype=types.FLOAT)
         return (moved - self.constant(self.fill)) * inside + self.constant(self.fill)
 
-    def bicubic(self, x, matrix):
+    def bicubic(self, x: DataNode, matrix: DataNode) -> DataNode:
         """The sixteen neighbours by nearest warps, which is all that DALI has, times PIL's weights."""
         row, column = np.indices((self.size, self.size, 3), dtype=np.float32)[:2]
         here = self.here(matrix)
@@ -164,9 +179,9 @@ class _Pixels:
         weights_x, weights_y = (
             _cubic_weights(here[i, 0] * x_of + here[i, 1] * y_of + (here[i, 2] - 0.5)) for i in (0, 1)
         )
-        total = 0.0
+        total: Any = 0.0  # a number at first, then a node
         for i in range(4):
-            along_x = 0.0
+            along_x: Any = 0.0
             for j in range(4):
                 shift = np.array([[0, 0, j - 1.5 + _ON_A_PIXEL], [0, 0, i - 1.5 + _ON_A_PIXEL]], dtype=np.float32)
                 tap = fn.warp_affine(
@@ -177,7 +192,7 @@ class _Pixels:
         return total
 
 
-def _cubic_weights(position) -> tuple:
+def _cubic_weights(position: DataNode) -> tuple[DataNode, ...]:
     """Of the neighbours at -1, 0, 1 and 2 from the pixel left of a position; a = -1, as PIL's transforms have it."""
     t = position - dali_math.floor(position + _ON_A_PIXEL)
     square = t * t
@@ -185,5 +200,5 @@ def _cubic_weights(position) -> tuple:
     return 2.0 * square - t - cube, 1.0 - 2.0 * square + cube, t + square - cube, cube - square
 
 
-def _grey(x):
+def _grey(x: DataNode) -> DataNode:
     return fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY)

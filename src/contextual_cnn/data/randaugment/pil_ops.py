@@ -1,6 +1,6 @@
 """The operations by PIL, in timm's own functions: the reference, and what runs where there is no DALI."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from PIL import Image
 from timm.data import auto_augment as timm_ops
@@ -10,12 +10,12 @@ from contextual_cnn.data.randaugment.policy import Op
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
-def posterize(image: Image.Image, bits: int, **_) -> Image.Image:
+def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
     """timm's, but no bits kept is a black image, as it was before Pillow 13 began to refuse it."""
     return timm_ops.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
-_FUNCTIONS = {
+_FUNCTIONS: dict[int, Callable[..., Image.Image]] = {
     Op.AUTO_CONTRAST: lambda image, _, **options: timm_ops.auto_contrast(image),
     Op.EQUALIZE: lambda image, _, **options: timm_ops.equalize(image),
     Op.INVERT: lambda image, _, **options: timm_ops.invert(image),

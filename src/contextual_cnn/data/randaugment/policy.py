@@ -6,6 +6,7 @@ a policy over three of them. Every draw depends on (seed, epoch, place of the im
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
@@ -166,7 +167,7 @@ def affine_matrices(ops: ImageOps, height: int, width: int) -> np.ndarray:
     return matrices
 
 
-def fill_color(mean: tuple[float, ...] | list[float]) -> tuple[int, ...]:
+def fill_color(mean: Sequence[float]) -> tuple[int, ...]:
     """RGB levels outside of a moved image: the mean of the normalisation, as in timm."""
     return tuple(min(255, round(255 * value)) for value in mean)
 

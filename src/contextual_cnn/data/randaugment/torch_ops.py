@@ -4,6 +4,8 @@ What each image needs is known on the host, so images of one operation are gathe
 Each formula follows Pillow's: blending in float32, geometry in float64, both truncated.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,17 +30,17 @@ def apply_ops(images: Tensor, ops: ImageOps, *, fill: tuple[int, ...], interpola
             chosen = np.flatnonzero(op == kind)
             if len(chosen):
                 argument = to_device(ops.argument[chosen, layer].reshape(-1, 1, 1, 1), images.device)
-                _replace(images, chosen, lambda x, f=function, a=argument: f(x, a))
+                _replace(images, chosen, function, argument)
         moved = np.flatnonzero(np.isin(op, GEOMETRY))
         if len(moved):
             matrix = to_device(matrices[moved, layer], images.device)
-            _replace(images, moved, lambda x, m=matrix: _warp(x, m, fill, interpolation))
+            _replace(images, moved, _warp, matrix, fill, interpolation)
     return images
 
 
-def _replace(images: Tensor, chosen: np.ndarray, function) -> None:
+def _replace(images: Tensor, chosen: np.ndarray, function: Callable[..., Tensor], *arguments: object) -> None:
     indices = to_device(chosen, images.device)
-    images[indices] = function(images[indices])
+    images[indices] = function(images[indices], *arguments)
 
 
 def _auto_contrast(x: Tensor, _: Tensor) -> Tensor:

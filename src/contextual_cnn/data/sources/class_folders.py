@@ -61,7 +61,7 @@ def open_class_folders(root: Path, split: str, classes: tuple[str, ...] | None =
 
 def find_class_folders(folder: Path) -> tuple[dict[str, str], Counter[str]]:
     """Each class's folder, sorted by the folders' names; and the kinds of the files beside them, which are not read."""
-    names, beside = [], Counter()
+    names, beside = [], Counter[str]()
     for entry in entries_of(folder):
         if is_folder(entry) and entry.name != _MAC_LEFTOVER:
             names.append(entry.name)

@@ -56,13 +56,13 @@ def open_file_list(root: Path, split: str, classes: tuple[str, ...] | None = Non
         targets.append(target)
     if not targets:
         raise UserError(f"{file} lists no images", f"a line is {_LINE}")
-    paths, targets = tuple(lines_of), np.array(targets, dtype=np.int64)
+    paths, numbers = tuple(lines_of), np.array(targets, dtype=np.int64)
     if not (root / paths[0]).is_file():
         raise UserError(f"{file} begins with {paths[0]}, but there is no file {root / paths[0]}", "set data.root=ROOT")
-    names = names if names is not None else number_classes(targets, file)
+    names = names if names is not None else number_classes(numbers, file)
     if classes is None:  # a val split may be a sample without every class
-        check_no_class_is_empty(names, targets, file)
-    return ImageFiles(root, names, paths, targets)
+        check_no_class_is_empty(names, numbers, file)
+    return ImageFiles(root, names, paths, numbers)
 
 
 def _parse(line: str, where: str) -> tuple[str, int]:

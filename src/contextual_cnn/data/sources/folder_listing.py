@@ -25,7 +25,7 @@ def list_images(folder: Path) -> tuple[list[str], Counter[str]]:
     """
     images: dict[str, list[str]] = {}
     not_read: Counter[str] = Counter()
-    folders, links, seen = deque([""]), deque(), set()
+    folders, links, seen = deque([""]), deque[str](), set()
     while folders or links:
         below = (folders or links).popleft()
         place = _place_of(folder / below)

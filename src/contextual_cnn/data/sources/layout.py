@@ -29,7 +29,7 @@ def find_layout(root: Path, split: str) -> Layout:
     Raises:
         UserError: more than one layout.
     """
-    found = {
+    found: dict[Layout, bool] = {
         "folders": _has_folders(root / split),
         "list": (root / f"{split}.txt").is_file(),
         "shards": bool(shards_of(root, split)),

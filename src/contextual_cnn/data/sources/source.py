@@ -10,6 +10,8 @@ import numpy as np
 
 from contextual_cnn.text import printable
 
+Indices = Sequence[int] | np.ndarray
+
 
 class ImageSource(ABC):
     """The encoded images of one split, in a fixed order and readable in any other.
@@ -20,11 +22,13 @@ class ImageSource(ABC):
         classes: the names of the classes.
         targets: (N,) int64, the position of an image's class in `classes`.
         not_read: how many files lie among the images and are left out, by kind (".heic": 5).
+        shard_sizes: images in each shard; None where there are none.
     """
 
     classes: tuple[str, ...]
     targets: np.ndarray
     not_read: Counter[str] = Counter()  # noqa: RUF012 - nobody changes it
+    shard_sizes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -40,7 +44,7 @@ class ImageSource(ABC):
         """The encoded image. Raises OSError."""
 
     @abstractmethod
-    def take(self, indices: Sequence[int]) -> "ImageSource":
+    def take(self, indices: Indices) -> "ImageSource":
         """The same source with these images only, in this order."""
 
 
@@ -61,7 +65,7 @@ class ImageFiles(ImageSource):
         with open(f"{self.root}/{self.paths[index]}", "rb", buffering=0) as file:
             return file.readall()
 
-    def take(self, indices: Sequence[int]) -> "ImageFiles":
+    def take(self, indices: Indices) -> "ImageFiles":
         paths = tuple(self.paths[index] for index in indices)
         targets = self.targets[np.asarray(indices, dtype=np.int64)]
         return ImageFiles(self.root, self.classes, paths, targets, self.not_read)

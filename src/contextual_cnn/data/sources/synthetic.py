@@ -2,14 +2,12 @@
 
 import functools
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from contextual_cnn.data.sources.source import ImageSource
+from contextual_cnn.data.sources.source import ImageSource, Indices
 from contextual_cnn.randomness import Purpose, generator
 
 _IMAGES = {"train": 1_281_167, "val": 50_000}
@@ -18,20 +16,12 @@ _DIFFERENT = 16
 _GRAIN = 3  # pixels; makes a JPEG of 500 x 375 as large as ImageNet's mean, 112 kB
 
 
-@dataclass(frozen=True)
 class SyntheticImages(ImageSource):
     """numbers: of the images, in their order. An image's number is its class, and its noise, over and over again."""
 
-    split: str
-    classes: tuple[str, ...]
-    numbers: np.ndarray
-
-    @functools.cached_property
-    def targets(self) -> np.ndarray:
-        return self.numbers % len(self.classes)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
+    def __init__(self, split: str, classes: tuple[str, ...], numbers: np.ndarray) -> None:
+        self.split, self.classes, self.numbers = split, classes, numbers
+        self.targets = numbers % len(classes)
 
     def name(self, index: int) -> str:
         return f"{self.split}/{self.numbers[index]}"
@@ -39,7 +29,7 @@ class SyntheticImages(ImageSource):
     def read(self, index: int) -> bytes:
         return _encoded(int(self.numbers[index]) % _DIFFERENT)
 
-    def take(self, indices: Sequence[int]) -> "SyntheticImages":
+    def take(self, indices: Indices) -> "SyntheticImages":
         return SyntheticImages(self.split, self.classes, self.numbers[np.asarray(indices, dtype=np.int64)])
 
 

@@ -4,10 +4,11 @@ Nothing is extracted here and no name becomes a path by itself. Whatever is neit
 devices, sparse files) is refused, and so are names that lead out of the archive.
 """
 
+import io
 import os
 import tarfile
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from contextual_cnn.errors import UserError
 from contextual_cnn.text import shorten
@@ -35,13 +36,12 @@ def list_tar(path: Path, start: int = 0, end: int | None = None) -> list[TarMemb
     """
     members = []
     try:
-        with path.open("rb") as file:
+        with _Headers(path.open("rb", buffering=0)) as file:
             end = os.fstat(file.fileno()).st_size if end is None else end
             file.seek(start)
-            headers = _Headers(file)
-            archive = tarfile.open(fileobj=headers, mode="r:", errorlevel=2)  # noqa: SIM115 - nothing to close but file
+            archive = tarfile.open(fileobj=file, mode="r:", errorlevel=2)  # noqa: SIM115 - nothing to close but file
             while (info := archive.next()) is not None:
-                archive.members = []  # or it would keep every header
+                archive.members = []  # type: ignore[attr-defined] # not in the stubs; it would keep every header
                 if not info.isdir():
                     members.append(check_member(info, path))
                 if info.offset_data + info.size > end:
@@ -58,17 +58,13 @@ def list_tar(path: Path, start: int = 0, end: int | None = None) -> list[TarMemb
     return members
 
 
-class _Headers:
+class _Headers(io.BufferedReader):
     """A tar's file for tarfile, which reads a header into memory whole, however long it claims to be."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.seek, self.tell = file.seek, file.tell
-
-    def read(self, size: int) -> bytes:
-        if size > _LONGEST_HEADER:
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= _LONGEST_HEADER:
             raise tarfile.ReadError(f"a header of {size} bytes")
-        return self._file.read(size)
+        return super().read(size)
 
 
 def check_member(info: tarfile.TarInfo, path: Path) -> TarMember:

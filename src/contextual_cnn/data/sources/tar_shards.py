@@ -4,7 +4,6 @@ import os
 import resource
 import threading
 import weakref
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from contextual_cnn.data.sources.class_names import check_no_class_is_empty, number_classes, read_class_names
 from contextual_cnn.data.sources.shard_index import read_shard_index
-from contextual_cnn.data.sources.source import ImageSource
+from contextual_cnn.data.sources.source import ImageSource, Indices
 from contextual_cnn.errors import UserError
 from contextual_cnn.text import printable
 
@@ -82,11 +81,7 @@ class TarShards(ImageSource):
         self.shard_of = shard_of
         self._files, self._offsets, self._sizes, self._members = files, offsets, sizes, members
         self._shards = [printable(os.path.relpath(path, root)) for path in files.paths]
-
-    @property
-    def shard_sizes(self) -> np.ndarray:
-        """Images in each shard."""
-        return np.bincount(self.shard_of, minlength=len(self._files.paths))
+        self.shard_sizes = np.bincount(shard_of, minlength=len(files.paths))
 
     def name(self, index: int) -> str:
         return f"{self._shards[self.shard_of[index]]}:{self._members[index]}"
@@ -98,17 +93,17 @@ class TarShards(ImageSource):
             raise OSError(f"the shard ends {size - len(data)} bytes too early")
         return data
 
-    def take(self, indices: Sequence[int]) -> "TarShards":
-        indices = np.asarray(indices, dtype=np.int64)
+    def take(self, indices: Indices) -> "TarShards":
+        places = np.asarray(indices, dtype=np.int64)
         return TarShards(
             self.root,
             self.classes,
-            self.targets[indices],
+            self.targets[places],
             files=self._files,
-            shard_of=self.shard_of[indices],
-            offsets=self._offsets[indices],
-            sizes=self._sizes[indices],
-            members=tuple(self._members[index] for index in indices),
+            shard_of=self.shard_of[places],
+            offsets=self._offsets[places],
+            sizes=self._sizes[places],
+            members=tuple(self._members[index] for index in places),
         )
 
 
