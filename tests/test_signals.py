@@ -17,33 +17,24 @@ import pytest
 from tests.conftest import HAS_COMPILER, ROOT, small_run
 from tests.endings import assert_same_end, checkpoint, steps_logged
 from tests.kills import smallest_run
+from tests.launched import has_loaded, listens
 from tests.quick_start import Command, group, run
 from tests.test_surroundings import descendants
 
 SOON = 20  # seconds
 
 
-def listens(pid: int) -> bool:
-    """Whether it has handlers for SIGTERM, by the system's own account."""
-    caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
-    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
-
-
-def has_loaded(library: str):
-    return lambda pid: library in Path(f"/proc/{pid}/maps").read_text()
-
-
 @pytest.mark.parametrize(
-    ("script", "number", "moment"),
+    ("script", "number", "library"),
     [
-        ("train.py", signal.SIGTERM, listens),
-        ("train.py", signal.SIGINT, has_loaded("libtorch_cpu.so")),
-        ("train.py", signal.SIGUSR1, has_loaded("ft2font")),
-        ("evaluate.py", signal.SIGINT, has_loaded("libtorch_cpu.so")),
+        ("train.py", signal.SIGTERM, None),
+        ("train.py", signal.SIGINT, "libtorch_cpu.so"),
+        ("train.py", signal.SIGUSR1, "ft2font"),
+        ("evaluate.py", signal.SIGINT, "libtorch_cpu.so"),
     ],
     ids=["train, first line", "train, imports of torch", "train, imports of matplotlib", "evaluate, imports of torch"],
 )
-def test_a_signal_during_the_imports(image_root, tmp_path, script, number, moment):
+def test_a_signal_during_the_imports(image_root, tmp_path, script, number, library):
     process = subprocess.Popen(
         [sys.executable, script, *small_run(image_root, tmp_path)[1:]],
         cwd=ROOT,
@@ -53,7 +44,7 @@ def test_a_signal_during_the_imports(image_root, tmp_path, script, number, momen
         text=True,
     )
     deadline = time.monotonic() + 60
-    while not moment(process.pid):
+    while not (has_loaded(process.pid, library) if library else listens(process.pid)):
         assert time.monotonic() < deadline
         time.sleep(0.001)
     process.send_signal(number)
