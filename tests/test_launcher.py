@@ -69,13 +69,20 @@ def test_a_stop_of_one_of_two_launchers_ends_both(image_root, tmp_path):
     meeting = ["--rdzv-backend", "c10d", "--rdzv-id", "two", "--rdzv-endpoint", f"127.0.0.1:{port}"]
     nodes = ["--nnodes", "2", "--nproc-per-node", "1", *meeting]
     command = small_run(image_root, tmp_path, "schedule.epochs=100")
-    first, second = (Launched(tmp_path, *command, nodes=nodes, name=f"output_{i}") for i in range(2))
+    first = Launched(tmp_path, *command, nodes=nodes, name="output_0")
+    first.wait_until(lambda: is_open(port))  # it is the one whose torchrun the other one's meets
+    second = Launched(tmp_path, *command, nodes=nodes, name="output_1")
     first.wait_until_step(2)
     os.kill(second.process.pid, signal.SIGTERM)
     asked = time.monotonic()
     assert [first.wait(), second.wait()] == [75, 75], first.printed + second.printed
     assert time.monotonic() - asked < 60
     assert "stopped after step" in first.printed + second.printed
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as other:
+        return other.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_a_killed_process_is_restarted_with_the_others_and_nothing_differs(straight, image_root, tmp_path):
@@ -134,6 +141,17 @@ def test_a_process_that_always_dies_is_not_restarted_for_ever(tmp_path):
     assert launched.wait() == 1
     assert (tmp_path / "starts").read_text().count("started") == 3 * 2
     assert "exitcode  : -9 (pid: " in launched.printed
+
+
+def test_a_process_that_does_not_end_when_it_is_told_is_killed(tmp_path):
+    script = tmp_path / "deaf.sh"
+    script.write_text(f"trap '' TERM; touch {tmp_path}/$LOCAL_RANK; while :; do sleep 0.1; done\n")
+    launched = Launched(tmp_path, "--no-python", "bash", str(script), SHUTDOWN_SECONDS="2")
+    launched.wait_until(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
+    workers = launched.workers
+    launched.process.terminate()
+    assert launched.wait(30) == 75, launched.printed
+    assert not any(is_running(pid) for pid in workers)
 
 
 def test_restarts_that_would_not_come_back_are_refused(image_root, tmp_path):
