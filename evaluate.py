@@ -6,6 +6,11 @@ data.root may also be the folder of ImageNet-A, -R, -V2 or -Sketch (class folder
 prediction is then made among the classes that are there, as those benchmarks do.
 """
 
+from contextual_cnn.engine.stopping import end_when_asked
+
+if __name__ == "__main__":  # before the imports, which take seconds
+    end_when_asked()
+
 import glob
 import logging
 from collections.abc import Sequence

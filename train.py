@@ -4,6 +4,11 @@ The same command again resumes. Under torchrun, on any number of nodes, it is th
 Exit status: 0 complete; 75 stopped by a signal or trainer.max_time, to be started again; 2 a mistake to put right.
 """
 
+from contextual_cnn.engine.stopping import end_when_asked
+
+if __name__ == "__main__":  # before the imports, which take seconds
+    end_when_asked()
+
 import logging
 from contextlib import nullcontext
 from pathlib import Path

@@ -4,9 +4,29 @@
 #   ./scripts/launch.sh --nproc-per-node 8 train.py model=contextual_convnext_t data.root=$ROOT run_name=ctx_t
 #
 # A process that dies is restarted with all others from the last checkpoint (MAX_RESTARTS times, 3 by default).
-# SIGTERM, SIGINT and SIGUSR1 reach all processes, which save and end within SHUTDOWN_SECONDS (60).
-# Exit status: 0 complete; 75 stopped in order, the same command goes on; 2 a mistake to put right; 1 anything else.
+# SIGTERM, SIGINT, SIGUSR1 and SIGHUP reach all processes, which save and end within SHUTDOWN_SECONDS (60).
+# Exit status: 0 complete; 75 stopped, the same command goes on; 2 a mistake to put right; 1 anything else.
 set -uo pipefail
+
+# Every signal is passed on once to each process; a restart may be under way, and then to those that come up later
+signal='' since='' told=' ' torchrun=''
+for name in TERM INT USR1 HUP; do
+    # shellcheck disable=SC2064
+    trap "signal=$name since=\${since:-\$SECONDS} told=' '" "$name"
+done
+
+# The processes themselves are told, and not torchrun: one that is told leaves those on the other nodes waiting for it
+pass_on() {
+    local worker workers
+    workers=$(cat "/proc/$torchrun/task/$torchrun/children")
+    for worker in $workers; do
+        [[ $told == *" $worker "* ]] || kill -"$signal" "$worker"
+        told+="$worker "
+    done
+    if [ "$told" = ' ' ]; then kill -TERM "$torchrun"; fi # it has not started any, so there is nothing to save
+    # shellcheck disable=SC2086
+    if [ $((SECONDS - since)) -ge "${SHUTDOWN_SECONDS:-60}" ]; then kill -KILL "$torchrun" $workers; fi
+} 2>/dev/null
 
 # Without this, restarted processes find the addresses of the dead ones in the agent's store and never meet (torch 2.14)
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
@@ -15,26 +35,22 @@ CONTEXTUAL_CNN_STATUS_FILE=$(mktemp) || exit 1
 export CONTEXTUAL_CNN_STATUS_FILE
 trap 'rm -f "$CONTEXTUAL_CNN_STATUS_FILE"' EXIT
 
-set -m # in a process group of its own, torchrun gets a terminal's Ctrl-C once, from us
+set -m # in a process group of its own, torchrun gets a terminal's Ctrl-C from nobody but us
 "${PYTHON:-python}" -m torch.distributed.run \
     --max-restarts "${MAX_RESTARTS:-3}" \
     --signals-to-handle SIGTERM,SIGINT,SIGUSR1,SIGHUP \
     --shutdown-timeout "${SHUTDOWN_SECONDS:-60}" \
-    "$@" &
+    "$@" & # a scheduler may tell torchrun too
 torchrun=$!
-for name in TERM INT USR1 HUP; do
-    # shellcheck disable=SC2064
-    trap "kill -$name $torchrun 2>/dev/null" "$name"
+while kill -0 "$torchrun" 2>/dev/null; do
+    if [ -n "$signal" ]; then pass_on; fi
+    sleep 0.5 </dev/null >/dev/null 2>&1 &
+    wait $! # ends early when a signal comes
 done
-
 wait "$torchrun"
 status=$?
-while kill -0 "$torchrun" 2>/dev/null; do # a signal ends `wait`, not torchrun
-    wait "$torchrun"
-    status=$?
-done
 
 written=$(cat "$CONTEXTUAL_CNN_STATUS_FILE")
-# After a signal torchrun itself ends with 1, whatever its processes did
 if [ "${written:-0}" != 0 ]; then exit "$written"; fi
+if [ -n "$signal" ] && [ "$status" != 0 ]; then exit 75; fi # it came before the processes were able to write theirs
 exit "$status"

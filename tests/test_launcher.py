@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 import time
 
@@ -9,7 +10,7 @@ import pytest
 
 from tests.conftest import run_group, run_python, small_run
 from tests.endings import assert_same_end, checkpoint
-from tests.launched import Launched, is_running
+from tests.launched import Launched, has_loaded, is_running
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,51 @@ def test_a_signal_to_any_process_stops_all_at_the_same_step(straight, image_root
     launched = Launched(tmp_path, *command)
     assert launched.wait() == 0, launched.printed
     assert_same_end(straight, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [
+        (signal.SIGTERM, lambda launched: launched.agent),
+        (signal.SIGINT, lambda launched: launched.agent and has_loaded(launched.agent, "libtorch_cpu.so")),
+        (signal.SIGUSR1, lambda launched: launched.workers),
+        (signal.SIGTERM, lambda launched: any(has_loaded(pid, "libtorch_cpu.so") for pid in launched.workers)),
+    ],
+    ids=["torchrun is started", "it imports torch", "its first process is started", "that imports torch"],
+)
+def test_a_signal_before_anybody_can_save(image_root, tmp_path, number, moment):
+    launched = Launched(tmp_path, *small_run(image_root, tmp_path))
+    launched.wait_until(lambda: moment(launched), every=0.002)
+    os.kill(launched.process.pid, number)
+    asked = time.monotonic()
+    assert launched.wait() == 75, launched.printed
+    assert time.monotonic() - asked < 20
+    assert "KeyboardInterrupt" not in launched.printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stop_of_one_of_two_launchers_ends_both(image_root, tmp_path):
+    """Two nodes on loopback; the one that is not told would wait five minutes for the other's torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-id", "two", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    nodes = ["--nnodes", "2", "--nproc-per-node", "1", *meeting]
+    command = small_run(image_root, tmp_path, "schedule.epochs=100")
+    first = Launched(tmp_path, *command, nodes=nodes, name="output_0")
+    first.wait_until(lambda: is_open(port))  # it is the one whose torchrun the other one's meets
+    second = Launched(tmp_path, *command, nodes=nodes, name="output_1")
+    first.wait_until_step(2)
+    os.kill(second.process.pid, signal.SIGTERM)
+    asked = time.monotonic()
+    assert [first.wait(), second.wait()] == [75, 75], first.printed + second.printed
+    assert time.monotonic() - asked < 60
+    assert "stopped after step" in first.printed + second.printed
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as other:
+        return other.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_a_killed_process_is_restarted_with_the_others_and_nothing_differs(straight, image_root, tmp_path):
@@ -95,6 +141,17 @@ def test_a_process_that_always_dies_is_not_restarted_for_ever(tmp_path):
     assert launched.wait() == 1
     assert (tmp_path / "starts").read_text().count("started") == 3 * 2
     assert "exitcode  : -9 (pid: " in launched.printed
+
+
+def test_a_process_that_does_not_end_when_it_is_told_is_killed(tmp_path):
+    script = tmp_path / "deaf.sh"
+    script.write_text(f"trap '' TERM; touch {tmp_path}/$LOCAL_RANK; while :; do sleep 0.1; done\n")
+    launched = Launched(tmp_path, "--no-python", "bash", str(script), SHUTDOWN_SECONDS="2")
+    launched.wait_until(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
+    workers = launched.workers
+    launched.process.terminate()
+    assert launched.wait(30) == 75, launched.printed
+    assert not any(is_running(pid) for pid in workers)
 
 
 def test_restarts_that_would_not_come_back_are_refused(image_root, tmp_path):

@@ -34,6 +34,7 @@ class Training:
 
     def __init__(self, processes: str, overrides: list[str]) -> None:
         self.processes, self.overrides = processes, overrides
+        self._launcher: subprocess.Popen | None = None
 
     def __call__(self) -> None:
         job = submitit.JobEnvironment()
@@ -67,8 +68,9 @@ class Training:
             raise RuntimeError(f"scripts/launch.sh ended with status {status}; the log above says why")
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        self._launcher.send_signal(signal.SIGUSR1)
-        self._waiting.join()
+        if self._launcher is not None:  # the signal may have come before it was started
+            self._launcher.send_signal(signal.SIGUSR1)
+            self._launcher.wait()
         return submitit.helpers.DelayedSubmission(Training(self.processes, self.overrides))
 
 

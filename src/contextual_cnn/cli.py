@@ -20,8 +20,7 @@ from yaml import YAMLError
 
 from contextual_cnn.command_line import check_choices, check_sweep, explain
 from contextual_cnn.config import Group, check_config, check_run_name, read_config
-from contextual_cnn.distributed import end_with_launcher
-from contextual_cnn.errors import STOPPED, LostProcess, Stopped, UserError
+from contextual_cnn.errors import STOPPED, LostProcess, Stopped, UserError, report_status
 from contextual_cnn.text import print_any_text
 
 __all__ = ["Group", "check_config", "check_run_name", "check_sweep", "job", "read_config", "run"]
@@ -29,8 +28,7 @@ __all__ = ["Group", "check_config", "check_run_name", "check_sweep", "job", "rea
 
 def run(main: Callable[[], None]) -> None:
     """Starts a Hydra main; a config that cannot be composed is the user's mistake too."""
-    end_with_launcher()
-    _report_status(0)
+    report_status(0)
     print_any_text()
     sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)
     # Hydra then raises its errors instead of printing them in its own way; ours are printed by _exit
@@ -64,8 +62,8 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
             _leave(STOPPED)
         except LostProcess as error:
             print(f"error: {error}\n  fix: see what ended that process; the same command resumes", file=sys.stderr)
-            # A restart helps no mistake, whichever process of this node has made it
-            sys.exit(0 if _reported_status() == "2" else 1)
+            # A restart helps neither a mistake nor a request to stop, whichever process of this node has had it
+            sys.exit(0 if _reported_status() in ("2", f"{STOPPED}") else 1)
         except KeyboardInterrupt:
             sys.exit("interrupted; the same command resumes from the last checkpoint")
 
@@ -116,27 +114,14 @@ def _is_first_to_say(message: str) -> bool:
 
 
 def _leave(status: int) -> NoReturn:
-    """Ends with a status that a restart would not change.
-
-    torchrun turns every status but 0 into a restart or a 1. scripts/launch.sh reads the status from a file instead.
-    """
-    sys.exit(0 if _report_status(status) else status)
+    """Ends with a status that a restart would not change."""
+    sys.exit(0 if report_status(status) else status)
 
 
 def _reported_status() -> str | None:
     """What a process of this node has written."""
     path = os.environ.get("CONTEXTUAL_CNN_STATUS_FILE")
     return Path(path).read_text() if path is not None else None
-
-
-def _report_status(status: int) -> bool:
-    """Whether there is somebody who reads it."""
-    path = os.environ.get("CONTEXTUAL_CNN_STATUS_FILE")
-    if path is None or (status == 0 and os.environ.get("LOCAL_RANK", "0") != "0"):
-        return False
-    with open(path, "w") as file:
-        file.write(f"{status}")
-    return True
 
 
 class _Lasting:

@@ -1,8 +1,6 @@
 """The process group: who am I, how many are we, and the few collectives that the framework needs."""
 
-import ctypes
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -16,7 +14,6 @@ from torch import Tensor
 
 from contextual_cnn.errors import LostProcess, UserError
 
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _TORCHS_TURN = 5  # seconds by which torch's own error, which tells more, may be late
 _STARTED_BY = "scripts/launch.sh or torchrun sets it; for one process: unset RANK LOCAL_RANK WORLD_SIZE"
 
@@ -140,19 +137,6 @@ def _meet(timeout: timedelta) -> dist.Store:
         return meeting.result(timeout.total_seconds() + _TORCHS_TURN)
     except TimeoutError as error:
         raise TimeoutError("something there takes connections and does not answer: another program's port?") from error
-
-
-def end_with_launcher() -> None:
-    """Has the kernel send SIGTERM to this process when torchrun dies; or it would train on, unseen.
-
-    torchrun gives every worker a session of its own, so that not even closing its terminal reaches them.
-    """
-    if _is_under_torchrun():
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _is_under_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _check_restarts() -> None:

@@ -1,5 +1,6 @@
 """How a command ends before its time, other than by a defect: a user's mistake, or a request to stop."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -33,6 +34,19 @@ class Stopped(Exception):
 
 class LostProcess(Exception):
     """Another process of the run has died or does not answer. The entry scripts exit with 1, and torchrun restarts."""
+
+
+def report_status(status: int) -> bool:
+    """Writes the exit status where scripts/launch.sh reads it; whether there is somebody who does.
+
+    torchrun makes a restart or a 1 of every status but 0. A process that has reported one ends with 0.
+    """
+    path = os.environ.get("CONTEXTUAL_CNN_STATUS_FILE")
+    if path is None or (status == 0 and os.environ.get("LOCAL_RANK", "0") != "0"):
+        return False
+    with open(path, "w") as file:
+        file.write(f"{status}")
+    return True
 
 
 def run_script(main: Callable[[], None]) -> None:

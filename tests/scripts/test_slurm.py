@@ -78,6 +78,19 @@ def test_the_signal_before_the_end_saves_and_requeues(environment, image_root, t
     assert (tmp_path / "requeued").read_text() == "4711\n"
 
 
+def test_a_signal_before_srun_is_started_requeues_too(environment, tmp_path):
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text(scontrol.read_text().replace("show) ", f"show) touch {tmp_path}/asked; sleep 1; "))
+    job = start(environment, tmp_path, "optimizer.lrr=1")  # should it come so far
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "asked").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(job.pid, signal.SIGUSR1)
+    assert job.wait(60) == 75, (tmp_path / "output").read_text()
+    assert (tmp_path / "requeued").read_text() == "4711\n"
+
+
 def test_a_mistake_is_not_requeued(environment, tmp_path):
     job = start(environment, tmp_path, "optimizer.lrr=1")
     assert job.wait(60) == 2, (tmp_path / "output").read_text()

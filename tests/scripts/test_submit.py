@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,10 +14,10 @@ from tests.conftest import ROOT, run_command
 # In the place of torchrun and the training, which tests/test_launcher.py and test_slurm.py run: saves at the first
 # call's signal, is complete at the second call
 TRAINING = """#!/usr/bin/env bash
-trap 'echo 75 > "$CONTEXTUAL_CNN_STATUS_FILE"; exit 75' USR1
 echo "$@" >> "$CALLS"
 [ "$(wc -l < "$CALLS")" = 2 ] && exit 0
-while :; do sleep 0.1; done
+bash -c 'trap "echo 75 > $CONTEXTUAL_CNN_STATUS_FILE; exit 0" USR1; while :; do sleep 0.1; done' & # the one process
+wait $!
 """
 
 
@@ -46,6 +47,12 @@ def test_a_job_that_is_signalled_comes_back_with_the_same_command(tmp_path):
     assert "torch.distributed.run --max-restarts" in first
     assert "--nnodes 1 --nproc-per-node 1 --rdzv-backend c10d" in first
     assert first.endswith("train.py run_name=a b")
+
+
+def test_a_signal_before_the_launcher_is_started_brings_the_job_back_too():
+    training = runpy.run_path(str(ROOT / "scripts" / "slurm" / "submit.py"))["Training"]
+    again = training("8", ["run_name=a"]).checkpoint()
+    assert (again.function.processes, again.function.overrides) == ("8", ["run_name=a"])
 
 
 def test_it_explains_itself():

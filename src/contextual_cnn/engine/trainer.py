@@ -126,6 +126,7 @@ class Trainer:
                 self._enter("training")
                 self.train_step(self.step, batches)
                 self.step += 1
+                request.protect()
                 if self.world.is_main and self.step == first_step + 1:  # the optimizer's state is there now
                     self.store.warn_of_little_room(self._state())
                 progress.advance(self.step)
