@@ -217,9 +217,9 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path):
     (tmp_path / "folder.pt").mkdir()
     os.mkfifo(tmp_path / "pipe.pt")
     for name in ("folder.pt", "pipe.pt"):
-        assert step_of(tmp_path / name) is None
-        with pytest.raises(DamagedCheckpoint, match=name):
-            load_checkpoint(tmp_path / name)
+        for read in (step_of, load_checkpoint):
+            with pytest.raises(DamagedCheckpoint, match=name):
+                read(tmp_path / name)
 
 
 def test_a_resume_takes_the_newest_that_is_a_checkpoint(tmp_path):
