@@ -29,7 +29,6 @@ class Batch(NamedTuple):
 class TimmModel(Protocol):
     """What a model of timm has beside nn.Module, whose own type knows tensors and modules only; to be cast to."""
 
-    num_classes: int
     pretrained_cfg: Mapping[str, Any]
 
     def get_classifier(self) -> nn.Module: ...

@@ -177,7 +177,7 @@ def preview(folder, monkeypatch):
 OPENED_BY = {
     "check": lambda folder, _: image_kinds((folder / "train/a/0.jpg").read_bytes(), "0.jpg"),
     "torch loader": lambda folder, _: torch_loader._decode(open_source(folder, "train", "folders"), 0),
-    "figures": lambda folder, _: ImageMaker(32, 0.875, [0.5] * 3, [0.5] * 3, torch.device("cpu")).from_files(
+    "figures": lambda folder, _: ImageMaker(32, 0.875, "bicubic", [0.5] * 3, [0.5] * 3, torch.device("cpu")).from_files(
         [folder / "train/a/0.jpg"], ["a"]
     ),
     "preview": preview,

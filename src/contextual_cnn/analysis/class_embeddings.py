@@ -96,16 +96,8 @@ def _plot_classes(
     axis.scatter(points[others, 0], points[others, 1], s=10, color=DROPPED, linewidths=0)
     axis.scatter(points[considered, 0], points[considered, 1], s=16, color=KEPT, linewidths=0)
     if label is not None:
-        axis.scatter(
-            points[label, 0],
-            points[label, 1],
-            s=110,
-            marker="*",
-            color=TRUE,
-            edgecolors="black",
-            linewidths=0.6,
-            zorder=3,
-        )
+        x, y = points[label]
+        axis.scatter(x, y, s=110, marker="*", color=TRUE, edgecolors="black", linewidths=0.6, zorder=3)
     if len(points) <= _MOST_NAMES:
         for i in considered:
             axis.annotate(

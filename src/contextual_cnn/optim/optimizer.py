@@ -92,7 +92,7 @@ def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
     """
     if optimizer.defaults.get("fused"):
         # The fused kernels look at found_inf themselves, as under a GradScaler: the host need not wait
-        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined] # as there
+        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined] # as it does
         optimizer.step()
     elif finite.item():
         optimizer.step()
