@@ -18,6 +18,8 @@ import hydra
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from contextual_cnn import cli
@@ -106,17 +108,9 @@ def train(
     listing = digest_listing(data.sources["train"])
     facts = {"configuration": digest_config(config), "code": digest_code(), "train images": listing}
     check_agreement(facts | {"val images": digest_listing(data.sources["val"])})
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
-    seed_all(Purpose.INITIAL_WEIGHTS, config["seed"])
-    model = build_model(**config["model"]).to(world.device)
+    model, optimizer, schedule = _build(config, settings, plan, world)
     warn_of_other_pixels(model, config["model"].get("weights"), data.pixels)
-    if settings.channels_last:
-        model = model.to(memory_format=torch.channels_last)
     check_agreement({"operators": operators(model, world.device)})
-    optimizer = build_optimizer(model, plan.global_batch, **config["optimizer"])
-    schedule = build_schedule(optimizer, plan.steps_per_epoch, **config["schedule"])
-
     run = RunFolder(Path(config["output_dir"]) / config["run_name"])
     with run.claimed() if world.is_main and not settings.dry_run else nullcontext():
         barrier()  # nobody reads before rank 0 is the only one who may write
@@ -152,6 +146,20 @@ def train(
             _dry_run(trainer, run, console)
             return True
         return _fit(trainer, run, console, request)
+
+
+def _build(
+    config: dict[str, Any], settings: TrainerSettings, plan: BatchPlan, world: World
+) -> tuple[nn.Module, torch.optim.Optimizer, Scheduler]:
+    """What is trained, and by what, before the first step; the same on all ranks."""
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    seed_all(Purpose.INITIAL_WEIGHTS, config["seed"])
+    model = build_model(**config["model"]).to(world.device)
+    if settings.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(model, plan.global_batch, **config["optimizer"])
+    return model, optimizer, build_schedule(optimizer, plan.steps_per_epoch, **config["schedule"])
 
 
 def _fit(trainer: Trainer, run: RunFolder, console: Console, request: StopRequest) -> bool:

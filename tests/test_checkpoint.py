@@ -102,6 +102,21 @@ def test_a_disk_that_fails_at_the_last_moment_costs_no_file(tmp_path, monkeypatc
     assert (step_of(last), step_of(previous)) == (4, 2)
 
 
+def test_a_folder_that_cannot_be_made_durable_is_an_error_although_the_file_is_there(tmp_path, monkeypatch):
+    last, works, calls = tmp_path / "last.pt", os.fsync, []
+
+    def fail_for_the_folder(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        works(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_for_the_folder)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_checkpoint(state(step=3), last)
+    assert step_of(last) == 3
+
+
 def test_what_could_not_be_loaded_again_is_not_kept(tmp_path):
     path = tmp_path / "last.pt"
     write_checkpoint(state(), path)

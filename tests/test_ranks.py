@@ -1,8 +1,10 @@
 """Two processes of one run, of which one fails, hangs, never comes, or sees something else."""
 
+import contextlib
 import os
 import shutil
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +68,30 @@ def test_a_port_where_something_else_listens_is_named(image_root, tmp_path):
         assert alone.wait(60) == 1
     assert f"127.0.0.1:{port} within 0.05 min" in alone.printed
     assert "Traceback" not in alone.printed
+
+
+def test_strangers_at_every_open_port_change_nothing(image_root, tmp_path):
+    ranks = group(2, *smallest_run(image_root, tmp_path, "schedule.epochs=2"), folder=tmp_path)
+    ranks[0].wait_until(lambda: "run folder" in ranks[0].printed)
+    ports = {port for rank in ranks for port in listening(rank.process.pid)}
+    assert ports
+    while ranks[0].process.is_alive():
+        for port in ports:
+            with socket.socket() as stranger:
+                stranger.settimeout(1)
+                if stranger.connect_ex(("127.0.0.1", port)) == 0:
+                    with contextlib.suppress(OSError):
+                        stranger.sendall(os.urandom(1000))
+        ranks[0].process.join(0.2)
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].printed
+
+
+def listening(pid: int) -> set[int]:
+    """The TCP ports on which a process accepts connections."""
+    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+    sockets = {link.removeprefix("socket:[").removesuffix("]") for link in links if link.startswith("socket:[")}
+    rows = [row.split() for name in ("tcp", "tcp6") for row in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A" and row[9] in sockets}
 
 
 @pytest.mark.parametrize(

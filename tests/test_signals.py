@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import HAS_COMPILER, ROOT, small_run
 from tests.endings import assert_same_end, checkpoint, steps_logged
 from tests.kills import smallest_run
-from tests.launched import has_loaded, listens
+from tests.launched import has_loaded, is_running, listens
 from tests.quick_start import Command, group, run
 from tests.test_surroundings import descendants
 
@@ -115,6 +115,19 @@ def test_a_signal_while_the_kernels_are_compiled(image_root, tmp_path):
     started.send(signal.SIGTERM)
     assert started.wait(SOON) == 75, started.printed
     assert not (tmp_path / "run").exists()
+
+
+def test_no_process_is_left_behind(image_root, tmp_path):
+    command = smallest_run(image_root, tmp_path, "data.loader=torch", "schedule.epochs=500")
+    started = Command(*command, output=tmp_path / "output")
+    started.wait_until(lambda: descendants(started.process.pid))
+    children = descendants(started.process.pid)
+    started.send(signal.SIGINT)
+    assert started.wait(SOON) == 75, started.printed
+    deadline = time.monotonic() + SOON
+    while any(is_running(pid) for pid in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")

@@ -159,11 +159,11 @@ def step_of(path: Path) -> int | None:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[BinaryIO]:
-    """An open file. Never a pipe or a socket, which would keep its reader waiting.
+    """An open file. A pipe or a socket, which would keep its reader waiting, is refused.
 
     Raises:
         UserError: there is no such file.
-        DamagedCheckpoint: it is no file, or the system does not let it be opened or read.
+        DamagedCheckpoint: something else than a file, or one that cannot be opened or read.
     """
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
@@ -253,8 +253,8 @@ def _refused_part(error: Exception) -> str:
 def _second_name(path: Path, previous: Path) -> Path | None:
     """Has the file kept when `path` is replaced, as what is returned; it becomes `previous` after that.
 
-    So there is no moment without `path`, which somebody may be about to read, and a replacement that fails has cost
-    neither file. None where the file system has no hard links, and the file is moved to `previous` at once.
+    `path` is there at every moment, as somebody may be about to read it, and a replacement that fails costs neither
+    file. None where the file system has no hard links: the file is then moved to `previous` at once.
     """
     link = previous.with_suffix(".tmp")
     try:

@@ -64,8 +64,6 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
             print(f"error: {error}\n  fix: see what ended that process; the same command resumes", file=sys.stderr)
             # A restart helps neither a mistake nor a request to stop, whichever process of this node has had it
             sys.exit(0 if _reported_status() in ("2", f"{STOPPED}") else 1)
-        except KeyboardInterrupt:
-            sys.exit("interrupted; the same command resumes from the last checkpoint")
 
     return wrapped
 

@@ -44,7 +44,7 @@ def world_size() -> int:
 
 
 def _number(name: str, least: int) -> int:
-    """What the launcher says; the least there can be without one."""
+    """What the launcher has set; without a launcher the least there can be."""
     text = os.environ.get(name, str(least))
     if not (text.isascii() and text.isdigit() and int(text) >= least):
         raise UserError(f"{name}={text} in the environment is not a number from {least} on", _STARTED_BY)

@@ -147,7 +147,7 @@ def test_a_run_whose_only_checkpoint_cannot_be_read_does_not_start_from_zero(tmp
     assert "run_name=" in refused.value.fix
 
 
-def test_a_checkpoint_of_a_later_version_is_not_passed_over(tmp_path):
+def test_a_checkpoint_of_a_later_version_is_not_left_out(tmp_path):
     """Or the next save would replace it by an older state."""
     store = saved(tmp_path, 1, 2)
     write_whole(load_checkpoint(store.last) | {"format": 99}, store.last, step=2)
@@ -259,7 +259,7 @@ def test_the_files_own_times_say_nothing(tmp_path):
     assert CheckpointStore(tmp_path).newest()[1]["step"] == 2
 
 
-def test_a_folder_that_goes_in_mid_run_costs_no_warning_of_room_the_run(tmp_path, caplog):
+def test_a_folder_that_goes_in_mid_run_does_not_end_it(tmp_path, caplog):
     CheckpointStore(tmp_path / "gone").warn_of_little_room(state(1))
     assert str(tmp_path / "gone") in caplog.text
 

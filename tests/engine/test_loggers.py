@@ -42,7 +42,7 @@ def test_rows_of_a_killed_run_beyond_the_checkpoint_are_written_again_not_twice(
      b'{"step": 3, "loss": "low"}', b'{"step": 3, "lo', b"\xff\xfe\x00", b"[" * 100_000, b"9" * 10_000, b"x" * 10**7],
     ids=lambda line: repr(line[:20]),
 )  # fmt: skip
-def test_a_line_that_is_no_row_costs_no_row(tmp_path, caplog, line):
+def test_a_line_that_is_not_a_row_costs_none(tmp_path, caplog, line):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "loss": 2.0}\n' + line + b'\n{"step": 2, "loss": 1.0}\n{"step": 3, "loss": 0.5}\n')
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
@@ -55,7 +55,7 @@ def test_a_line_that_is_no_row_costs_no_row(tmp_path, caplog, line):
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
-def test_metrics_that_are_no_file_are_refused(tmp_path, kind):
+def test_metrics_that_are_not_a_file_are_refused(tmp_path, kind):
     victim, path = tmp_path / "victim", tmp_path / "metrics.jsonl"
     victim.write_text("mine")
     {"link": lambda: path.symlink_to(victim), "folder": path.mkdir, "pipe": lambda: os.mkfifo(path)}[kind]()

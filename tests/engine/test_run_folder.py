@@ -32,7 +32,7 @@ def test_the_second_is_told_who_has_it_and_gets_it_afterwards(tmp_path, caplog):
         pass
 
 
-def test_a_lock_that_was_removed_while_it_was_waited_for_is_no_lock(tmp_path, monkeypatch):
+def test_a_lock_that_was_removed_while_it_was_waited_for_does_not_count(tmp_path, monkeypatch):
     """The first ends and removes its empty folder between the second's look at the file and its lock on it."""
     first, second, lock = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run"), run_folder._try_to_lock
     claim = first.claimed()
@@ -66,7 +66,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog)
 
 @pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
 @pytest.mark.parametrize("name", ["lock", "train.log"])
-def test_a_lock_or_a_log_that_is_no_file_is_refused(tmp_path, name, kind):
+def test_a_lock_or_a_log_that_is_not_a_file_is_refused(tmp_path, name, kind):
     victim = tmp_path / "victim"
     victim.write_text("mine")
     run = RunFolder(tmp_path / "run")

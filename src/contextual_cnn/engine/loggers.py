@@ -136,7 +136,7 @@ def check_key(wandb: str | None) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl; lines that are no rows, as those that a kill has cut short, are left out."""
+    """The rows of a metrics.jsonl; a line that is not a row, as one cut short by a kill, is left out."""
     if not path.exists():
         return []
     with path.open("rb") as lines:

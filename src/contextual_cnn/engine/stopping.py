@@ -58,7 +58,9 @@ class _Watch(threading.Thread):
             time.sleep(0.05)
         is_reported = report_status(STOPPED)
         if os.environ.get("RANK", "0") == "0":
-            message = f"stopped: {signal.Signals(number).name} received; nothing is lost, the same command goes on\n"
+            message = (
+                f"stopped: {signal.Signals(number).name} received; nothing is lost, start the same command again\n"
+            )
             with contextlib.suppress(OSError):
                 os.write(2, message.encode())
         os._exit(0 if is_reported else STOPPED)

@@ -109,6 +109,8 @@ class Trainer:
         except RuntimeError as error:
             error.add_note(f"in the {self._phase} after step {self.step}")
             raise
+        finally:
+            self.store.wait()  # the run folder is another process's after this
 
     def _fit(self, logger: MetricsLogger, console: Console, request: StopRequest) -> bool:
         batches = self.data.train_batches(self.plan, self.augmentation, self.seed, self.world, self.step)
