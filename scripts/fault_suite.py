@@ -42,7 +42,7 @@ FUNCTIONS: dict[str, Callable[[Path, Path], str]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("ids", nargs="*", metavar="ID", help="rows to run: 1 to 78, S1 to S14")
+    parser.add_argument("ids", nargs="*", metavar="ID", help="rows to run: 1 to 113, S1 to S24")
     parser.add_argument("--all", action="store_true", help="every row; about half an hour on two cores")
     parser.add_argument("--output", type=Path, help="JSON file; what it holds of other rows is kept")
     parser.add_argument("--resume", action="store_true", help="what the output file has an outcome of is not run again")
