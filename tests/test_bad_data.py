@@ -8,6 +8,8 @@ import pytest
 from contextual_cnn.engine.loggers import read_metrics
 from tests.conftest import run_command, small_run
 
+pytestmark = pytest.mark.run
+
 
 @pytest.fixture(scope="module")
 def damaged_root(image_root, tmp_path_factory):

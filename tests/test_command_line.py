@@ -11,6 +11,8 @@ import torch
 from contextual_cnn.engine.loggers import read_metrics
 from tests.conftest import run_command, run_group, small_run, torchrun
 
+pytestmark = pytest.mark.run
+
 
 def losses(folder):
     return {

@@ -22,6 +22,8 @@ from tests.documentation import PAGES, ROOT, blocks, commands, is_test
 from tests.quick_start import run
 from tests.scripts.archives import VAL_IDS, write_archives
 
+pytestmark = pytest.mark.run
+
 SMALL = (
     "data.image_size=32 data.threads=1 data.eval_batch_size=12 trainer.device=cpu trainer.max_steps=2 "
     "trainer.log_every=1 trainer.global_batch_size=8 trainer.micro_batch_size=8 logger=local"

@@ -13,6 +13,8 @@ from contextual_cnn.engine.reliability import wilson_interval
 from tests.conftest import run_group, small_run
 from tests.quick_start import run
 
+pytestmark = pytest.mark.run
+
 
 @pytest.fixture(scope="module")
 def trained(image_root, tmp_path_factory):

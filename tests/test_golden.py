@@ -6,6 +6,8 @@ import pytest
 
 from tests import golden
 
+pytestmark = pytest.mark.run
+
 RECORDED = json.loads(golden.FILE.read_text())
 
 

@@ -14,6 +14,8 @@ from tests.conftest import run_group, small_run
 from tests.endings import assert_same_end, checkpoint, losses, steps_logged
 from tests.quick_start import Command, run
 
+pytestmark = pytest.mark.run
+
 STEPS = 12  # 4 epochs of 3
 
 

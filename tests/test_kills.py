@@ -1,6 +1,10 @@
 """A few of the kills and preemptions that scripts/fault_suite.py does by the hundred."""
 
+import pytest
+
 from tests import kills
+
+pytestmark = pytest.mark.run
 
 
 def test_killed_at_random_moments(image_root, tmp_path):

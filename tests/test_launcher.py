@@ -12,6 +12,8 @@ from tests.conftest import run_group, run_python, small_run
 from tests.endings import assert_same_end, checkpoint
 from tests.launched import Launched, has_loaded, is_running
 
+pytestmark = pytest.mark.run
+
 
 @pytest.fixture(scope="module")
 def straight(image_root, tmp_path_factory):

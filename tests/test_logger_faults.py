@@ -11,6 +11,8 @@ from tests.conftest import small_run
 from tests.fake_wandb import misbehaving_server
 from tests.quick_start import Command, run
 
+pytestmark = pytest.mark.run
+
 KEY = "f0e1d2c3b4a5968778695a4b3c2d1e0f01234567"  # planted: it must not be found in anything that a run writes
 
 

@@ -10,6 +10,8 @@ from contextual_cnn.engine.loggers import read_metrics
 from tests.conftest import small_run
 from tests.quick_start import run
 
+pytestmark = pytest.mark.run
+
 EXPLODING = ["optimizer.lr=1e30", "schedule.warmup_epochs=0"]
 
 

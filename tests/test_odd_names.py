@@ -5,8 +5,12 @@ import json
 import os
 import shutil
 
+import pytest
+
 from tests.conftest import small_run
 from tests.quick_start import run
+
+pytestmark = pytest.mark.run
 
 ASCII = dict(PYTHONIOENCODING="ascii")
 

@@ -15,6 +15,8 @@ from tests.endings import checkpoint
 from tests.kills import smallest_run
 from tests.quick_start import Command, group, run
 
+pytestmark = pytest.mark.run
+
 
 @pytest.fixture
 def images(image_root, tmp_path):

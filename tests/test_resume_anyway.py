@@ -6,6 +6,8 @@ from contextual_cnn.engine.loggers import read_metrics
 from tests.kills import smallest_run
 from tests.quick_start import run
 
+pytestmark = pytest.mark.run
+
 
 def test_the_configs_values_win_and_the_schedule_is_that_of_the_new_length(image_root, tmp_path):
     """In a folder with spaces and umlauts, which must not matter but for the quotes that Hydra wants."""

@@ -20,6 +20,8 @@ from tests import quick_start
 from tests.conftest import HAS_COMPILER, ROOT, run_command, run_python
 from tests.fake_cuda import run_under_autocast
 
+pytestmark = pytest.mark.run
+
 
 def run(*command, **options) -> tuple[list[dict], dict]:
     """The results that a script printed one by one, and the report in its file, which is the last that it printed."""

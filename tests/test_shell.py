@@ -8,6 +8,8 @@ import yaml
 from tests.conftest import ROOT
 from tests.quick_start import run
 
+pytestmark = pytest.mark.run
+
 NOISE = ["data=synthetic", "data.limit=16", "data.loader=synthetic", "data.image_size=32", "augment=none"]
 SMALL = ["model=contextual_convnext_atto", "trainer=smoke", "trainer.device=cpu", "trainer.max_steps=1", "logger=local"]
 

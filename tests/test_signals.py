@@ -21,6 +21,8 @@ from tests.launched import has_loaded, is_running, listens
 from tests.quick_start import Command, group, run
 from tests.test_surroundings import descendants
 
+pytestmark = pytest.mark.run
+
 SOON = 20  # seconds
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from contextual_cnn.engine.loggers import read_metrics
@@ -17,6 +18,8 @@ from tests.conftest import ROOT
 from tests.endings import checkpoint, steps_logged
 from tests.kills import smallest_run
 from tests.quick_start import Command, run
+
+pytestmark = pytest.mark.run
 
 
 def test_waiting_for_images_is_said(image_root, tmp_path):

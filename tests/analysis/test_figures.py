@@ -59,7 +59,7 @@ def images(photos) -> Images:
 
 
 def test_images_that_cannot_be_decoded_are_named(image_root, tmp_path):
-    maker = ImageMaker(32, 0.875, [0.5] * 3, [0.5] * 3, torch.device("cpu"))
+    maker = ImageMaker(32, 0.875, "bicubic", [0.5] * 3, [0.5] * 3, torch.device("cpu"))
     name = os.fsdecode(b"caf\xe9\n.jpg")
     (tmp_path / name).write_bytes(b"<html>404</html>")
     with pytest.raises(UserError, match=r"caf\\xe9\\n\.jpg"):

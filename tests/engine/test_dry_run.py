@@ -9,6 +9,8 @@ from PIL import Image
 from tests.conftest import run_group, small_run
 from tests.quick_start import run
 
+pytestmark = pytest.mark.run
+
 
 @pytest.fixture(scope="module")
 def rehearsed(image_root, tmp_path_factory):

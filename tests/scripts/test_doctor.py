@@ -3,7 +3,11 @@
 import os
 import sys
 
+import pytest
+
 from tests.conftest import ROOT, run_python
+
+pytestmark = pytest.mark.run
 
 
 def test_a_working_machine_passes():

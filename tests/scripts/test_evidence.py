@@ -10,6 +10,8 @@ from PIL import Image
 
 from tests.conftest import run_command
 
+pytestmark = pytest.mark.run
+
 
 def write_idx(path, array):
     header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)

@@ -16,6 +16,8 @@ from contextual_cnn.checkpoint import write_checkpoint
 from tests.conftest import run_command
 from tests.scripts.run_folders import CLASSES, SIZE, write_run
 
+pytestmark = pytest.mark.run
+
 
 def images(batch):
     return torch.randn(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(7))

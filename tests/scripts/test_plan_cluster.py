@@ -6,6 +6,8 @@ import pytest
 
 from tests.conftest import run_command
 
+pytestmark = pytest.mark.run
+
 SMALL = ("scripts/plan_cluster.py", "--model", "contextual_convnext_atto", "--gpus", "1", "8")
 
 

@@ -7,6 +7,8 @@ from PIL import Image
 
 from tests.conftest import run_command
 
+pytestmark = pytest.mark.run
+
 
 @pytest.fixture
 def runs(tmp_path):

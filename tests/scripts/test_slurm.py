@@ -12,6 +12,8 @@ import pytest
 from contextual_cnn.engine.loggers import read_metrics
 from tests.conftest import ROOT, small_run
 
+pytestmark = pytest.mark.run
+
 SCRIPTS = ["scripts/slurm/train.sbatch", "scripts/launch.sh"]
 
 # One node called localhost; srun runs the command here, and passes signals on as SLURM's does

@@ -9,7 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT, run_command
+
+pytestmark = pytest.mark.run
 
 # In the place of torchrun and the training, which tests/test_launcher.py and test_slurm.py run: saves at the first
 # call's signal, is complete at the second call
