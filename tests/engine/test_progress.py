@@ -7,7 +7,7 @@ import re
 import pytest
 from rich.console import Console
 
-from contextual_cnn.engine.progress import ProgressDisplay, describe_evaluation
+from contextual_cnn.engine.progress import ProgressDisplay, describe, describe_evaluation
 
 METRICS = {
     "train/loss": 5.0,
@@ -31,19 +31,26 @@ TOLD = (
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_terminal_gets_a_bar_and_a_file_a_line_for_each_report(terminal, caplog):
+def test_each_report_is_a_line_and_a_terminal_has_a_bar_below(terminal, caplog):
+    """The narrowest terminal has room for the bar, the count and the time that is left."""
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=terminal, width=300)
+    console = Console(file=screen, force_terminal=terminal, width=80)
     with caplog.at_level(logging.INFO), ProgressDisplay(console, steps=20, steps_per_epoch=8, first_step=4) as progress:
         progress.advance(10)
         progress.report(10, METRICS)
-    shown = screen.getvalue() if terminal else caplog.text
-    assert "epoch 2 step 10/20" in shown
-    assert [part for part in TOLD if part not in shown] == []
-    assert ("10/20" in screen.getvalue()) == terminal
-    assert bool(caplog.records) != terminal
-    if not terminal:
-        assert re.search(r"eta \d+:\d\d:\d\d$", caplog.records[0].message)
+    (record,) = caplog.records
+    assert record.message.startswith("epoch 2 step 10/20: ")
+    assert [part for part in TOLD if part not in record.message] == []
+    assert re.search(r"eta \d+:\d\d:\d\d$", record.message)
+    shown = [line for line in screen.getvalue().splitlines() if "10/20" in line]
+    assert bool(shown) == terminal
+    assert all("━" in line and "eta" in line and "…" not in line for line in shown)
+
+
+@pytest.mark.parametrize(("speed", "told"), [(9523.4, "9,523 img/s"), (812.0, "812 img/s"), (3.456, "3.46 img/s")])
+def test_a_speed_is_a_number_that_can_be_read(speed, told):
+    assert told in describe(METRICS | {"train/images_per_second": speed})
+    assert describe_evaluation({"raw": {"top1": 1.0, "top5": 2.0, "images_per_second": speed}}).endswith(told)
 
 
 def test_an_evaluation_names_the_stage_of_each_recall():

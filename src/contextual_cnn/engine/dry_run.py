@@ -185,7 +185,10 @@ def _table(trainer: Trainer, forecast: Forecast) -> Table:
         "speed": f.data_wait > 10,
         "room on the disk": f.disk_needed > f.disk_free,
     }
-    table = Table(title="dry run: no step of the run was taken, nothing of it was written", show_header=False)
+    table = Table(
+        title="dry run: no step of the run was taken; only dry_run.json and lr_schedule.png were written",
+        show_header=False,
+    )
     for name, value in rows.items():
         table.add_row(name, escape(value), style="red" if alarming.get(name) else None)
     return table

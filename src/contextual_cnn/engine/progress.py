@@ -1,4 +1,4 @@
-"""How a run is shown to a person: a live bar on a terminal, plain lines elsewhere."""
+"""How a run is shown to a person: a line for each log step, and below the lines a live bar on a terminal."""
 
 import logging
 import time
@@ -21,7 +21,7 @@ def describe(metrics: dict[str, float]) -> str:
     if recalls:
         parts.append(f"recall {_list(recalls, '.0f')} %")
     parts.append(f"lr {metrics['train/lr']:.2e}")
-    parts.append(f"{metrics['train/images_per_second']:.3g} img/s")
+    parts.append(_speed(metrics["train/images_per_second"]))
     parts.append(f"data wait {metrics['train/data_wait']:.0f} %")
     memory = metrics.get("train/memory_gib", metrics["train/host_memory_gib"])
     parts.append(f"memory {memory:.3g} GiB")
@@ -33,7 +33,12 @@ def describe_evaluation(reports: dict[str, dict[str, float]]) -> str:
     parts = [f"{name} top-1 {report['top1']:.2f} top-5 {report['top5']:.2f}" for name, report in reports.items()]
     if recalls := by_stage(reports["raw"], "recall"):
         parts.append(f"recall {_list(recalls, '.0f')} %")
-    return ", ".join([*parts, f"{reports['raw']['images_per_second']:.3g} img/s"])
+    return ", ".join([*parts, _speed(reports["raw"]["images_per_second"])])
+
+
+def _speed(images_per_second: float) -> str:
+    """9,523 img/s; with a fraction where it counts."""
+    return f"{images_per_second:{',.0f' if images_per_second >= 100 else '.3g'}} img/s"
 
 
 def _list(values: dict[int, float], spec: str) -> str:
@@ -68,10 +73,9 @@ class ProgressDisplay:
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
         """The metrics of a log step."""
-        where = f"epoch {(step - 1) // self._steps_per_epoch + 1} step {step}/{self._steps}"
-        if self._bar is not None:
-            self._bar.update(self._task, description=f"{where}  {describe(metrics)}")
-        else:
-            seconds_per_step = (time.perf_counter() - self._started) / (step - self._first_step)
-            remaining = seconds_per_step * (self._steps - step)
-            log.info("%s: %s, eta %s", where, describe(metrics), timedelta(seconds=round(remaining)))
+        epoch = (step - 1) // self._steps_per_epoch + 1
+        if self._bar is not None:  # no metrics in it: they would leave no room for the bar on 80 columns
+            self._bar.update(self._task, description=f"epoch {epoch}")
+        seconds_per_step = (time.perf_counter() - self._started) / (step - self._first_step)
+        eta = timedelta(seconds=round(seconds_per_step * (self._steps - step)))
+        log.info("epoch %d step %d/%d: %s, eta %s", epoch, step, self._steps, describe(metrics), eta)
