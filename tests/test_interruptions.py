@@ -46,6 +46,7 @@ def test_a_signal_saves_the_step_and_the_same_command_goes_on(straight, image_ro
     assert_same_end(straight, tmp_path)
 
 
+@pytest.mark.slow
 def test_stopped_again_and_again(straight, image_root, tmp_path):
     """Each start is stopped as soon as it has made a step: inside epochs, at their ends, after them."""
     status, starts = 75, 0
@@ -95,6 +96,7 @@ def test_a_second_ctrl_c_ends_at_once(image_root, tmp_path):
     assert started.wait() in (75, -signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_with_the_newest_file_damaged(straight, image_root, tmp_path):
     """kill -9, saves included; every other time the newest checkpoint gets a flipped bit before the next start."""
     draw = random.Random(0)
@@ -193,6 +195,7 @@ def stopped_inside(image_root, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropped", [None, "model", "ema", "optimizer", "best", "step"])
 def test_whatever_is_left_out_of_the_state_is_noticed(straight, stopped_inside, image_root, tmp_path, dropped):
     """Each part as it is at a run's start; then the end must differ, or the comparison above sees nothing."""

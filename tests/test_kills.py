@@ -4,7 +4,7 @@ import pytest
 
 from tests import kills
 
-pytestmark = pytest.mark.run
+pytestmark = [pytest.mark.run, pytest.mark.slow]
 
 
 def test_killed_at_random_moments(image_root, tmp_path):

@@ -87,6 +87,7 @@ def is_open(port: int) -> bool:
         return other.connect_ex(("127.0.0.1", port)) == 0
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_restarted_with_the_others_and_nothing_differs(straight, image_root, tmp_path):
     launched = Launched(tmp_path, *small_run(image_root, tmp_path, "checkpoint.every_steps=1"))
     launched.wait_until_step(5)

@@ -1,5 +1,8 @@
 """A run that goes on under other values, by force: resume=anyway."""
 
+import re
+import shlex
+
 import pytest
 
 from contextual_cnn.engine.loggers import read_metrics
@@ -15,7 +18,8 @@ def test_the_configs_values_win_and_the_schedule_is_that_of_the_new_length(image
     status, printed = run(*smallest_run(image_root, folder), output=tmp_path / "output")
     assert status == 2
     quoted = f"'{folder}'"
-    assert f'fix: with quotes that the shell leaves: "output_dir={quoted}"' in printed
+    (typed,) = re.findall(r"fix: .*?: (.*)$", printed, re.MULTILINE)
+    assert shlex.split(typed) == [f"output_dir={quoted}"]
     first = smallest_run(image_root, quoted, "trainer.max_steps=4")
     status, printed = run(*first, output=tmp_path / "output")
     assert status == 0, printed

@@ -138,6 +138,7 @@ def test_what_runs_on_a_lent_gpu_needs_no_more_than_torch_triton_and_timm(comman
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason="inductor needs a C++ compiler")
 def test_the_gpu_check_passes_on_a_cpu():
     """Among others: inductor compiles the whole model without a graph break, and its gradients are the plain ones."""

@@ -29,6 +29,7 @@ def source(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_fashion_becomes_class_folders_and_the_variants_a_table(source, tmp_path):
     done = run_command("scripts/prepare_fashion.py", str(tmp_path / "fashion"), "--source", str(source), "--val", "1")
     assert done.returncode == 0, done.stderr
