@@ -86,6 +86,7 @@ def test_every_group_has_options():
     assert len(OPTIONS) >= 20
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(("group", "name"), OPTIONS, ids=[f"{group}={name}" for group, name in OPTIONS])
 def test_every_yaml_composes_and_builds(group, name):
     extra = ["model.name=resnet18"] if name == "timm" else []

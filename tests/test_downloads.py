@@ -156,6 +156,7 @@ def test_no_key_of_the_loader_comes_from_a_checkpoint(kind, watch, checkpoint):
     watch.assert_untouched()
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("kind", ["http", "data", "file"])
 @pytest.mark.parametrize("command", ["evaluate.py", "scripts/export.py"])
 def test_no_command_fetches_for_a_checkpoint(command, kind, watch, checkpoint, tmp_path):

@@ -3,7 +3,7 @@
 import tomllib
 from pathlib import Path
 
-from tests.conftest import ROOT, run_python
+from tests.documentation import ROOT, is_test
 
 ROWS = tomllib.loads((Path(__file__).parent / "faults.toml").read_text())["row"]
 
@@ -18,10 +18,9 @@ def test_every_row_is_there_once_and_is_shown_or_says_why_not():
 
 
 def test_everything_that_shows_a_fault_exists():
-    names = sorted({name for row in ROWS for name in row["shown_by"]})
-    tests = [name for name in names if "::" in name]
-    done = run_python("-m", "pytest", "--collect-only", "-q", *tests)
-    assert done.returncode == 0, done.stdout[-2000:]
+    names = {name for row in ROWS for name in row["shown_by"]}
+    tests = {name for name in names if "::" in name}
+    assert [name for name in sorted(tests) if not is_test(name)] == []
     suite = (ROOT / "scripts" / "fault_suite.py").read_text()
-    for name in set(names) - set(tests):
+    for name in names - tests:
         assert f'"{name}": ' in suite, name

@@ -270,6 +270,7 @@ def runs(tmp_path_factory, image_root):
     return folder
 
 
+@pytest.mark.run
 def test_the_script_draws_everything_into_the_runs_folder_and_to_wandb(runs, image_root):
     figures = ("gradcam", "embeddings", "similarity", "sampling", "weights", "shortlist", "recall")
     done = run_command(

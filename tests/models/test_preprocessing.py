@@ -54,6 +54,7 @@ def test_a_crop_that_there_is_not_here_is_named_too(weights, caplog):
     assert "squash" in caplog.text
 
 
+@pytest.mark.run
 def test_train_warns_once_and_runs_on(weights, image_root, tmp_path):
     timms = ["model=timm", "model.name=test_resnet", f"model.weights={weights}", "trainer.max_steps=1"]
     arguments = [

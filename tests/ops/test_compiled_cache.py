@@ -84,6 +84,7 @@ DAMAGES = {
 
 
 @needs_compiler
+@pytest.mark.run
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_library_is_built_again_and_computes(kernels, damage):
     (library,) = kernels.libraries

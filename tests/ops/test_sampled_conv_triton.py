@@ -87,6 +87,7 @@ def test_forward_and_every_gradient(case):
     spread=st.sampled_from([0.0, 0.3, 4.0]),
     with_mask=st.booleans(),
 )
+@pytest.mark.run
 def test_drawn_shapes_through_the_public_op(batch, channels, height, width, kernel, stride, dilation, **drawn):
     padding = dilation * (kernel // 2)
     tensors, upstream, geometry = inputs(batch, channels, height, width, kernel, stride, padding, dilation, **drawn)

@@ -81,6 +81,7 @@ def test_bad_images_are_found_and_training_runs_without_them(damaged, check, tmp
     assert sum(len(batch.images) for batch in data.evaluation_batches(world)) == 17
 
 
+@pytest.mark.run
 def test_train_py_takes_the_exclude_list_that_many_processes_made(damaged, tmp_path):
     exclude = tmp_path / "exclude.txt"
     check = ("scripts/check_data.py", str(damaged), "--workers", "3", "--write-exclude", str(exclude))

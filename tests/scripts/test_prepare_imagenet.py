@@ -125,6 +125,7 @@ def test_resizing_shrinks_training_images_only_and_keeps_small_ones(archives, pr
     assert 0 < shrunk < len(found)
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("layout", ["list", "shards"])
 def test_a_killed_run_goes_on_to_the_identical_result(archives, prepare, tmp_path, layout):
     """Killed while its processes write images; then run to its end."""
@@ -159,6 +160,7 @@ def written(root):
     return {path: path.stat().st_mtime_ns for path in files}
 
 
+@pytest.mark.run
 def test_many_processes_write_the_same_as_one(archives, prepare, tmp_path):
     assert prepare(archives, tmp_path / "one", "--layout", "shards", "--shard-images", "9")[0] == 0
     arguments = [archives, tmp_path / "many", "--layout", "shards", "--shard-images", "9", "--workers", "3"]
