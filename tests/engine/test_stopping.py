@@ -43,9 +43,13 @@ def test_the_limit_is_a_reason_to_stop():
 
 
 class Script:
-    """A python of its own that has called `end_when_asked`, and then does this."""
+    """A python of its own that has called `end_when_asked`, and then does this.
 
-    def __init__(self, then: str, before=None, **environment: str) -> None:
+    Args:
+        hang_up: what it does at first about SIGHUP. It would inherit that from the tests, and under nohup ignore it.
+    """
+
+    def __init__(self, then: str, hang_up=signal.SIG_DFL, **environment: str) -> None:
         clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK")}
         self.process = subprocess.Popen(
             [sys.executable, "-c", PREPARED + then],
@@ -53,7 +57,7 @@ class Script:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=before,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, hang_up),
         )
         assert self.process.stdout.readline() == "ready\n"
 
@@ -96,7 +100,7 @@ def test_the_launcher_reads_the_status_in_its_file(tmp_path):
 
 
 def test_a_hang_up_is_ignored_under_nohup():
-    script = Script("time.sleep(60)", before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    script = Script("time.sleep(60)", hang_up=signal.SIG_IGN)
     script.process.send_signal(signal.SIGHUP)
     time.sleep(0.3)
     assert script.process.poll() is None
