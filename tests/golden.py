@@ -26,6 +26,7 @@ RUNS = {
     "contextual": ["augment=none", "trainer.micro_batch_size=16"],
     "contextual, accumulated and mixed": ["trainer.micro_batch_size=8", "model.selection=reduce"],
 }
+_PROCESSOR = ("cpu family", "model", "stepping", "cache size", "flags")  # lines of /proc/cpuinfo
 
 
 def losses(name: str, images: Path, folder: Path) -> list[float]:
@@ -40,7 +41,7 @@ def losses(name: str, images: Path, folder: Path) -> list[float]:
 def machine() -> str:
     """What the last bits of a loss depend on besides the code: processor and torch."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    processor = sorted({line for line in lines if line.startswith(("model name", "flags"))})
+    processor = sorted({line for line in lines if line.startswith(_PROCESSOR)})
     facts = f"{platform.machine()}{processor}{torch.__version__}"
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
