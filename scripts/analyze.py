@@ -15,7 +15,7 @@ is named for a class. docs/figures.md shows every figure.
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -37,12 +37,13 @@ from contextual_cnn.analysis.sampling_points import plot_sampling_points
 from contextual_cnn.analysis.shortlists import plot_shortlists
 from contextual_cnn.analysis.weight_offsets import offset_sizes, plot_weight_offsets
 from contextual_cnn.contracts import StagedScores
-from contextual_cnn.data import ImageData
+from contextual_cnn.data.image_data import ImageData
 from contextual_cnn.distributed import World, process_group
 from contextual_cnn.engine.evaluator import staged_scores
 from contextual_cnn.engine.wandb_logger import WandbLogger
 from contextual_cnn.errors import UserError, run_script
 from contextual_cnn.models import ContextualModel
+from contextual_cnn.settings.logger import LoggerSettings
 from contextual_cnn.trained import Trained, load_model
 
 
@@ -101,7 +102,7 @@ class Subject:
 
     @property
     def name(self) -> str:
-        return self.trained.config["model"]["name"]
+        return self.trained.settings.name
 
     @cached_property
     def model(self) -> nn.Module:
@@ -122,12 +123,11 @@ class Subject:
 
     @cached_property
     def data(self) -> ImageData:
-        return ImageData(("val",), self.trained.classes, **self.trained.config["data"])
+        return ImageData(self.trained.data, ("val",), self.trained.classes)
 
     @cached_property
     def images(self) -> Images:
-        keys = ("image_size", "crop_pct", "interpolation", "mean", "std")
-        maker = ImageMaker(**{key: self.trained.config["data"][key] for key in keys}, device=self.world.device)
+        maker = ImageMaker(self.trained.data, self.world.device)
         if self.arguments.images:
             return maker.from_files(find_images(self.arguments.images, self.arguments.count), self.trained.classes)
         source = self.data.sources["val"]
@@ -160,7 +160,7 @@ def draw_gradcam(subject: Subject, path: Path) -> None:
             _check_classes(subject, trained)
             model = trained.model.to(subject.world.device)
             layer = last_convolution(model, stage)
-            cams[trained.config["model"]["name"]] = cam = grad_cam(model, layer, subject.images.inputs)
+            cams[trained.settings.name] = cam = grad_cam(model, layer, subject.images.inputs)
             if cam.maps[0].numel() == 1:
                 raise UserError(
                     f"stage {stage} has a single position for images of {subject.images.inputs.shape[-1]} pixels",
@@ -184,7 +184,7 @@ def draw_similarity(subject: Subject, path: Path) -> None:
         raise UserError(f"{subject.twin.path} has no linear classifier to compare with", "give a plain model as --twin")
     matrices = {
         f"{subject.name}, embeddings": class_similarity(contextual.class_embeddings.weight),
-        f"{subject.twin.config['model']['name']}, classifier": class_similarity(classifier.weight),
+        f"{subject.twin.settings.name}, classifier": class_similarity(classifier.weight),
     }
     for name, matrix in matrices.items():
         pairs = off_diagonal(matrix)
@@ -193,7 +193,7 @@ def draw_similarity(subject: Subject, path: Path) -> None:
 
 
 def draw_sampling(subject: Subject, path: Path) -> None:
-    size = subject.trained.config["data"]["image_size"]
+    size = subject.trained.data.image_size
     point = tuple(subject.arguments.point or (size // 2, size // 2))
     if not all(0 <= at < size for at in point):
         raise UserError(f"--point {point[0]} {point[1]} is outside the image", f"numbers from 0 to {size - 1}")
@@ -227,7 +227,7 @@ def draw_recall(subject: Subject, path: Path) -> None:
     batches = subject.data.evaluation_batches(subject.world)
     curves = recall_curves((staged_scores(subject.model, batch.images), batch.targets) for batch in batches)
     sizes = subject.model.shortlist_sizes if isinstance(subject.model, ContextualModel) else {}
-    what = "images of NOISE" if subject.data.is_noise else "val images"
+    what = "images of NOISE" if subject.data.settings.is_noise else "val images"
     title = f"{subject.name}: recall after each stage, {batches.images} {what}"
     plot_recall(curves, sizes, title, path)
 
@@ -255,8 +255,8 @@ def mirror(trained: Trained, figures: dict[str, Path]) -> None:
     """Adds the figures to the training's own run on W&B, offline where there is no key."""
     import wandb
 
-    options = {key: trained.config["logger"][key] for key in ("project", "entity", "patience")}
-    logger = WandbLogger(trained.folder, trained.config, run_name=trained.config["run_name"], mode="auto", **options)
+    settings = replace(LoggerSettings(**trained.config["logger"]), wandb="auto")
+    logger = WandbLogger(trained.folder, settings, trained.config, trained.config["run_name"])
     logger.log(trained.step, {f"figures/{name}": wandb.Image(str(path)) for name, path in figures.items()})
     logger.close()
 

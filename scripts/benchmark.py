@@ -29,6 +29,8 @@ from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.models import build_model
 from contextual_cnn.ops import contextual_conv2d
 from contextual_cnn.optim import build_optimizer
+from contextual_cnn.settings.model import ModelSettings
+from contextual_cnn.settings.optimizer import OptimizerSettings
 
 Findings = Iterator[tuple[Sequence[str], Any]]  # where in the results each belongs, and what it is
 
@@ -175,8 +177,10 @@ def benchmark_model(arguments: argparse.Namespace) -> Findings:
 
 
 def _training_and_inference(name: str, arguments: argparse.Namespace) -> tuple[Callable, Callable]:
-    model = build_model(name=name, num_classes=1000).to(arguments.device, memory_format=torch.channels_last)
-    optimizer, loss = build_optimizer(model), StagedCrossEntropy()
+    model = build_model(ModelSettings(name=name, num_classes=1000)).to(
+        arguments.device, memory_format=torch.channels_last
+    )
+    optimizer, loss = build_optimizer(model, OptimizerSettings(), global_batch=4096), StagedCrossEntropy()
     run = torch.compile(model) if arguments.compile else model
     images = torch.randn(arguments.batch_size, 3, arguments.image_size, arguments.image_size, device=arguments.device)
     images = images.contiguous(memory_format=torch.channels_last)

@@ -18,10 +18,12 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from timm_reference import PILLOW_13_PATCH, timm_arguments
 
-from contextual_cnn.data import Augmentation, ImageData
-from contextual_cnn.data.augmentation import BatchAugmentation
+from contextual_cnn.data.image_data import ImageData
+from contextual_cnn.data.mixing import BatchAugmentation
 from contextual_cnn.data.sampler import BatchPlan
 from contextual_cnn.distributed import World
+from contextual_cnn.settings.augment import AugmentSettings
+from contextual_cnn.settings.data import DataSettings
 
 GRAIN = 16  # standard deviation, in levels
 
@@ -29,13 +31,13 @@ GRAIN = 16  # standard deviation, in levels
 def compare_loaders(arguments: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     """Our loader and timm's on the same JPEGs: the whole recipe but mixing, and crop and flip alone."""
     recipes = {
-        "full recipe": Augmentation(),
-        "crop and flip": Augmentation(randaugment=None, color_jitter=0.0, erasing=0.0),
+        "full recipe": AugmentSettings(),
+        "crop and flip": AugmentSettings(randaugment=None, color_jitter=0.0, erasing=0.0),
     }
     with tempfile.TemporaryDirectory() as folder:
         root = write_photos(Path(folder), images=512)
-        for name, augmentation in recipes.items():
-            yield name, _compare_loaders(root, augmentation, arguments)
+        for name, augment in recipes.items():
+            yield name, _compare_loaders(root, augment, arguments)
 
 
 def write_photos(root: Path, images: int) -> Path:
@@ -50,13 +52,13 @@ def write_photos(root: Path, images: int) -> Path:
     return root
 
 
-def _compare_loaders(root: Path, augmentation: Augmentation, arguments: argparse.Namespace) -> dict:
+def _compare_loaders(root: Path, augment: AugmentSettings, arguments: argparse.Namespace) -> dict:
     """The loaders take turns; a turn starts with all queues full, uses its own up, and is timed in what follows."""
     stock, timed = 6, 8  # batches; no loader here is further ahead
     loaders = {
-        "ours, DALI": _our_batches(root, augmentation, arguments, "dali"),
-        "ours, torch": _our_batches(root, augmentation, arguments, "torch"),
-        "timm": _timm_batches(root, augmentation, arguments),
+        "ours, DALI": _our_batches(root, augment, arguments, "dali"),
+        "ours, torch": _our_batches(root, augment, arguments, "torch"),
+        "timm": _timm_batches(root, augment, arguments),
     }
     rounds = []
     for _ in range(arguments.rounds + 1):
@@ -87,8 +89,8 @@ def _summarise_loaders(rounds: list[dict]) -> dict:
     }
 
 
-def _our_batches(root: Path, augmentation: Augmentation, arguments: argparse.Namespace, loader: str) -> Iterator:
-    data = ImageData(("train",), root=str(root), image_size=arguments.image_size, loader=loader)
+def _our_batches(root: Path, augment: AugmentSettings, arguments: argparse.Namespace, loader: str) -> Iterator:
+    data = ImageData(DataSettings(root=str(root), image_size=arguments.image_size, loader=loader), ("train",))
     plan = BatchPlan.make(
         images=len(data.sources["train"]),
         global_batch=arguments.batch_size,
@@ -96,12 +98,12 @@ def _our_batches(root: Path, augmentation: Augmentation, arguments: argparse.Nam
         world_size=1,
     )
     world = World(0, 1, 0, torch.device(arguments.device))
-    erase = BatchAugmentation(replace(augmentation, mixup=0.0, cutmix=0.0, label_smoothing=0.0), data.num_classes)
-    for batch in data.train_batches(plan, augmentation, 0, world, 0):
+    erase = BatchAugmentation(replace(augment, mixup=0.0, cutmix=0.0, label_smoothing=0.0), data.num_classes)
+    for batch in data.train_batches(plan, augment, 0, world, 0):
         yield erase(batch)
 
 
-def _timm_batches(root: Path, augmentation: Augmentation, arguments: argparse.Namespace) -> Iterator:
+def _timm_batches(root: Path, augment: AugmentSettings, arguments: argparse.Namespace) -> Iterator:
     """timm's own loader with its defaults, a worker per core, over an epoch that does not end within the benchmark."""
     dataset = timm.data.ImageDataset(str(root / "train"))
     dataset.reader.samples = dataset.reader.samples * 1000
@@ -112,7 +114,7 @@ def _timm_batches(root: Path, augmentation: Augmentation, arguments: argparse.Na
             arguments.batch_size,
             num_workers=len(os.sched_getaffinity(0)),
             device=torch.device(arguments.device),
-            **timm_arguments(augmentation),
+            **timm_arguments(augment),
         )
     return iter(loader)
 

@@ -20,15 +20,17 @@ from sklearn.datasets import load_sample_images
 from timm_reference import timm_transform
 
 from contextual_cnn.contracts import Batch
-from contextual_cnn.data import Augmentation, ImageData
-from contextual_cnn.data.augmentation import BatchAugmentation
 from contextual_cnn.data.image_check import decode_rgb
+from contextual_cnn.data.image_data import ImageData
+from contextual_cnn.data.mixing import BatchAugmentation
 from contextual_cnn.data.process_pool import progress_bar
 from contextual_cnn.data.sampler import BatchPlan
 from contextual_cnn.distributed import World
 from contextual_cnn.engine.environment import environment, print_report
 from contextual_cnn.errors import run_script
 from contextual_cnn.randomness import Purpose, seed_all
+from contextual_cnn.settings.augment import AugmentSettings
+from contextual_cnn.settings.data import DataSettings
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 48
@@ -38,17 +40,18 @@ LINE = 1.358  # of the distance times sqrt(n m / (n + m)): 5 % of equal distribu
 
 def main() -> None:
     arguments = parse_arguments()
-    augmentation = Augmentation(interpolation=arguments.interpolation, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
+    augment = AugmentSettings(interpolation=arguments.interpolation, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
     with tempfile.TemporaryDirectory() as folder:
         root = arguments.root or write_parts(Path(folder), arguments.images)
-        data = ImageData(
-            ("train",), root=str(root), image_size=arguments.image_size, loader=arguments.loader, mean=MEAN, std=STD
+        settings = DataSettings(
+            root=str(root), image_size=arguments.image_size, loader=arguments.loader, mean=MEAN, std=STD
         )
+        data = ImageData(settings, ("train",))
         images = data.sources["train"]
         count = min(arguments.images, len(images)) // BATCH * BATCH
         data.sources["train"] = images.take(np.random.default_rng(0).choice(len(images), count, replace=False))
-        ours = our_statistics(data, augmentation, arguments.seed)
-        theirs = timm_statistics(data, augmentation, arguments)
+        ours = our_statistics(data, augment, arguments.seed)
+        theirs = timm_statistics(data, augment, arguments)
     results = {name: compare(ours[:, i], theirs[:, i]) for i, name in enumerate(STATISTICS)}
     report = {
         "settings": {key: str(value) for key, value in vars(arguments).items()},
@@ -92,12 +95,12 @@ def write_parts(root: Path, images: int) -> Path:
     return root
 
 
-def our_statistics(data: ImageData, augmentation: Augmentation, seed: int) -> np.ndarray:
+def our_statistics(data: ImageData, augment: AugmentSettings, seed: int) -> np.ndarray:
     """(N, 9), one epoch."""
     count = len(data.sources["train"])
     plan = BatchPlan.make(images=count, global_batch=BATCH, micro_batch=BATCH, world_size=1)
-    batches = data.train_batches(plan, augmentation, seed, World(0, 1, 0, torch.device("cpu")), 0)
-    erase = BatchAugmentation(augmentation, data.num_classes)
+    batches = data.train_batches(plan, augment, seed, World(0, 1, 0, torch.device("cpu")), 0)
+    erase = BatchAugmentation(augment, data.num_classes)
     found = []
     with progress_bar() as bar:
         for n in bar.track(range(plan.steps_per_epoch), description="ours"):
@@ -106,10 +109,10 @@ def our_statistics(data: ImageData, augmentation: Augmentation, seed: int) -> np
     return np.concatenate(found)
 
 
-def timm_statistics(data: ImageData, augmentation: Augmentation, arguments: argparse.Namespace) -> np.ndarray:
+def timm_statistics(data: ImageData, augment: AugmentSettings, arguments: argparse.Namespace) -> np.ndarray:
     """(N, 9), each image once."""
     images, found = data.sources["train"], []
-    transform = timm_transform(augmentation, arguments.image_size, MEAN, STD)
+    transform = timm_transform(augment, arguments.image_size, MEAN, STD)
     seed_all(Purpose.MICRO_BATCH, arguments.seed)
     with progress_bar() as bar:
         for index in bar.track(range(len(images)), description="timm's"):

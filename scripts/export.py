@@ -34,7 +34,7 @@ def main() -> None:
     given = load_mean(arguments.checkpoint, arguments.weights)
     folder = arguments.output or given.folder / "export" / arguments.format
     export = {"timm": export_timm, "torch_export": export_torch, "onnx": export_onnx}[arguments.format]
-    print(f"{given.config['model']['name']}, {given.weights} weights of {given.path}: {describe(given.model)}")
+    print(f"{given.settings.name}, {given.weights} weights of {given.path}: {describe(given.model)}")
     try:
         write_config(given, folder)
         again = export(given, folder)
@@ -75,7 +75,7 @@ def load_mean(checkpoints: list[str], weights: str) -> Trained:
     """
     first, *others = (load_model(checkpoint, weights) for checkpoint in checkpoints)
     for other in others:
-        if (other.config["model"], other.classes) != (first.config["model"], first.classes):
+        if (other.settings, other.classes) != (first.settings, first.classes):
             raise UserError(f"{other.path} is of another model than {first.path}", "--checkpoint RUN of the same model")
     states = [given.model.state_dict() for given in (first, *others)]
     mean = {
@@ -133,7 +133,7 @@ def export_onnx(given: Trained, folder: Path):
 
 def program(given: Trained) -> torch.export.ExportedProgram:
     """The model as a graph of standard operators, for any number of images."""
-    if given.config["model"].get("convolution") == "weight_offsets":
+    if given.settings.convolution == "weight_offsets":
         raise UserError(
             "convolution=weight_offsets is a grouped convolution of batch x channels groups, which a program for any "
             "batch size cannot have",

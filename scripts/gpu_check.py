@@ -24,6 +24,8 @@ from contextual_cnn.models import build_model
 from contextual_cnn.ops import contextual_conv2d
 from contextual_cnn.ops.sampled_conv import implementation_on
 from contextual_cnn.optim import build_optimizer
+from contextual_cnn.settings.model import ModelSettings
+from contextual_cnn.settings.optimizer import OptimizerSettings
 
 STAGES = {"stage 2": (192, 28), "stage 3": (384, 14), "stage 4": (768, 7)}
 # Relative error in norm. bfloat16: rounding the inputs alone costs 2.4e-3, a product of hats or weights as much again
@@ -113,7 +115,11 @@ def determinism(device: str) -> dict:
 
 def compilation(device: str, training: bool) -> dict:
     """Scores, and in training every parameter's gradient, of the compiled model against those of the plain one."""
-    model = build_model(name="contextual_convnext_atto", num_classes=100, layer_scale=1.0).to(device).train(training)
+    model = (
+        build_model(ModelSettings(name="contextual_convnext_atto", num_classes=100, layer_scale=1.0))
+        .to(device)
+        .train(training)
+    )
     images = torch.randn(4, 3, 64, 64, device=device)
     results = []
     for run in (model, torch.compile(model, fullgraph=True)):
@@ -127,8 +133,8 @@ def compilation(device: str, training: bool) -> dict:
 
 def training(device: str) -> dict:
     """On one batch, which it should learn by heart."""
-    model = build_model(name="contextual_convnext_atto", num_classes=100, layer_scale=0.1).to(device)
-    optimizer, loss = build_optimizer(model, lr=2e-3), StagedCrossEntropy()
+    model = build_model(ModelSettings(name="contextual_convnext_atto", num_classes=100, layer_scale=0.1)).to(device)
+    optimizer, loss = build_optimizer(model, OptimizerSettings(lr=2e-3), global_batch=4096), StagedCrossEntropy()
     images, labels = torch.randn(16, 3, 64, 64, device=device), torch.arange(16, device=device)
     losses = []
     for _ in range(20):

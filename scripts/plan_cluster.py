@@ -25,6 +25,7 @@ from contextual_cnn.analysis.cluster import (
 from contextual_cnn.engine.loggers import read_metrics
 from contextual_cnn.errors import UserError, run_script
 from contextual_cnn.models import build_model
+from contextual_cnn.settings.model import ModelSettings
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
         global_batch=arguments.global_batch,
         micro_batch=arguments.micro_batch,
         bytes_per_image=1e3 * arguments.kilobytes,
-        gradient_bytes=gradient_bytes(build_model(name=arguments.model, num_classes=arguments.classes)),
+        gradient_bytes=gradient_bytes(build_model(ModelSettings(name=arguments.model, num_classes=arguments.classes))),
     )
     speed = arguments.images_per_second
     if speed is None:

@@ -169,7 +169,7 @@ def draw(prediction: Prediction, names: Sequence[str], given: Trained, output: P
     right.spines[["top", "right"]].set_visible(False)
     lines = [shorten(describe_shortlist(shortlist, names), 130) for shortlist in prediction.shortlists]
     figure.supxlabel("\n".join(lines), fontsize=9, x=0.01, ha="left")
-    figure.suptitle(shorten(f"{printable(prediction.path.name)}, by {given.config['model']['name']}", 100))
+    figure.suptitle(shorten(f"{printable(prediction.path.name)}, by {given.settings.name}", 100))
     figure.savefig(output, dpi=120)
     plt.close(figure)
 

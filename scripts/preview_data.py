@@ -14,14 +14,15 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from timm_reference import timm_transform
 
-from contextual_cnn.contracts import Batch
-from contextual_cnn.data import Augmentation, ImageData
-from contextual_cnn.data.augmentation import BatchAugmentation
 from contextual_cnn.data.image_check import decode_rgb
+from contextual_cnn.data.image_data import ImageData
+from contextual_cnn.data.mixing import BatchAugmentation
 from contextual_cnn.data.sampler import BatchPlan, TrainSampler
 from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError, run_script
 from contextual_cnn.randomness import Purpose, seed_all
+from contextual_cnn.settings.augment import AugmentSettings
+from contextual_cnn.settings.data import DataSettings
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GAP, MARGIN = 4, 92  # pixels: between images, and for the labels on the left
@@ -29,14 +30,14 @@ GAP, MARGIN = 4, 92  # pixels: between images, and for the labels on the left
 
 def main() -> None:
     arguments = parse_arguments()
-    data = ImageData(
-        ("train",),
+    settings = DataSettings(
         root=str(arguments.root),
         image_size=arguments.image_size,
         loader=arguments.loader,
         mean=MEAN,
         std=STD,
     )
+    data = ImageData(settings, ("train",))
     images = data.sources["train"]
     columns = min(arguments.columns, len(images) // 2 * 2)
     if columns < 2:
@@ -44,12 +45,12 @@ def main() -> None:
     chosen = np.sort(np.random.default_rng(arguments.seed).choice(len(images), columns, replace=False))
     data.sources["train"] = images = images.take(chosen)
     originals = [decode_rgb(images.read(i), images.name(i)) for i in range(columns)]
-    alone = replace(Augmentation(), mixup=0.0, cutmix=0.0, label_smoothing=0.0)
+    alone = replace(AugmentSettings(), mixup=0.0, cutmix=0.0, label_smoothing=0.0)
     size = (arguments.image_size, arguments.image_size)
     rows = [("image", [ImageOps.fit(image, size, Image.Resampling.BICUBIC) for image in originals])]
     rows += [("ours", row) for row in our_rows(data, alone, arguments.rows, arguments.seed)]
     rows += [("timm", row) for row in timm_rows(originals, alone, arguments)]
-    rows += [("ours, mixed", row) for row in our_rows(data, Augmentation(), 2, arguments.seed + 1)]
+    rows += [("ours, mixed", row) for row in our_rows(data, AugmentSettings(), 2, arguments.seed + 1)]
     try:
         contact_sheet(rows, arguments.image_size).save(arguments.output, quality=85)
     except (OSError, ValueError) as error:  # ValueError: an extension that names no format
@@ -69,23 +70,23 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def our_rows(data: ImageData, augmentation: Augmentation, rows: int, seed: int) -> list[list[Image.Image]]:
+def our_rows(data: ImageData, augment: AugmentSettings, rows: int, seed: int) -> list[list[Image.Image]]:
     """An epoch a row: a micro-batch of all images, put back into their order."""
     count = len(data.sources["train"])
     plan = BatchPlan.make(images=count, global_batch=count, micro_batch=count, world_size=1)
     sampler = TrainSampler(plan, seed, rank=0)
-    batches = data.train_batches(plan, augmentation, seed, World(0, 1, 0, torch.device("cpu")), 0)
-    augment = BatchAugmentation(augmentation, data.num_classes)
+    batches = data.train_batches(plan, augment, seed, World(0, 1, 0, torch.device("cpu")), 0)
+    mix = BatchAugmentation(augment, data.num_classes)
     pictures = []
     for n in range(rows):
         seed_all(Purpose.MICRO_BATCH, seed, n)
-        images = augment(Batch(*next(batches))).images
+        images = mix(next(batches)).images
         pictures.append([picture(images[i]) for i in np.argsort(sampler[n].indices)])
     return pictures
 
 
-def timm_rows(originals: list[Image.Image], augmentation: Augmentation, arguments: argparse.Namespace) -> list:
-    transform = timm_transform(augmentation, arguments.image_size, MEAN, STD)
+def timm_rows(originals: list[Image.Image], augment: AugmentSettings, arguments: argparse.Namespace) -> list:
+    transform = timm_transform(augment, arguments.image_size, MEAN, STD)
     seed_all(Purpose.MICRO_BATCH, arguments.seed)
     return [[picture(transform(image)) for image in originals] for _ in range(arguments.rows)]
 

@@ -9,13 +9,14 @@ import torch
 
 from contextual_cnn.checkpoint import (
     DamagedCheckpoint,
-    find_checkpoint,
     load_checkpoint,
     step_of,
     write_checkpoint,
 )
+from contextual_cnn.checkpoint_files import find_checkpoint
 from contextual_cnn.engine.checkpoint_store import CheckpointStore
 from contextual_cnn.errors import UserError
+from contextual_cnn.settings.checkpoint import CheckpointSettings
 from tests.hostile import compressed, write_bytes, write_whole
 
 
@@ -238,7 +239,7 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path):
 
 
 def test_a_resume_takes_the_newest_that_is_a_checkpoint(tmp_path):
-    store = CheckpointStore(tmp_path)
+    store = CheckpointStore(tmp_path, CheckpointSettings())
     write_checkpoint(state(step=3), store.best)
     write_whole({"format": 2} | state(step=9, best="high"), store.last)
     os.mkfifo(store.previous)

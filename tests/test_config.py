@@ -16,13 +16,20 @@ import evaluate
 import train
 from contextual_cnn import cli
 from contextual_cnn.contracts import StagedScores
-from contextual_cnn.data import Augmentation, ImageData
+from contextual_cnn.data.image_data import ImageData
 from contextual_cnn.engine.checkpoint_store import CheckpointStore
-from contextual_cnn.engine.trainer_settings import TrainerSettings
 from contextual_cnn.errors import UserError
 from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.models import build_model
 from contextual_cnn.optim import build_optimizer, build_schedule
+from contextual_cnn.settings.augment import AugmentSettings
+from contextual_cnn.settings.checkpoint import CheckpointSettings
+from contextual_cnn.settings.data import DataSettings
+from contextual_cnn.settings.loss import LossSettings
+from contextual_cnn.settings.model import ModelSettings
+from contextual_cnn.settings.optimizer import OptimizerSettings
+from contextual_cnn.settings.schedule import ScheduleSettings
+from contextual_cnn.settings.trainer import TrainerSettings
 
 # torchrun's error file wants the real stderr, which pytest holds
 pytestmark = pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
@@ -91,16 +98,16 @@ def test_every_group_has_options():
 def test_every_yaml_composes_and_builds(group, name):
     extra = ["model.name=resnet18"] if name == "timm" else []
     config = composed(f"{group}={name}", *extra)
-    Augmentation(**config["augment"])
-    StagedCrossEntropy(**config["loss"])
+    AugmentSettings(**config["augment"])
+    StagedCrossEntropy(LossSettings(**config["loss"]))
     TrainerSettings(**config["trainer"])
-    CheckpointStore(Path(), **config["checkpoint"])
-    model = build_model(**config["model"] | {"num_classes": 10})
-    optimizer = build_optimizer(model, **config["optimizer"])
-    schedule = build_schedule(optimizer, 10, **config["schedule"])
+    CheckpointStore(Path(), CheckpointSettings(**config["checkpoint"]))
+    model = build_model(ModelSettings(**config["model"] | {"num_classes": 10}))
+    optimizer = build_optimizer(model, OptimizerSettings(**config["optimizer"]), 4096)
+    schedule = build_schedule(optimizer, ScheduleSettings(**config["schedule"]), 10)
     assert StagedScores.of(model(torch.zeros(2, 3, 32, 32))).logits[-1].shape == (2, 10)
     if group == "experiment":
-        train_two_steps(model, StagedCrossEntropy(**config["loss"]), optimizer, schedule)
+        train_two_steps(model, StagedCrossEntropy(LossSettings(**config["loss"])), optimizer, schedule)
 
 
 def train_two_steps(model, loss, optimizer, schedule):
@@ -128,7 +135,10 @@ def test_the_default_is_the_papers_recipe():
     assert config["loss"]["alpha"] == 0.15
     assert config["trainer"]["ema_decay"] == 0.9999
     assert config["augment"]["randaugment"] == "rand-m9-mstd0.5-inc1"
-    assert config["augment"] | {"scale": None, "ratio": None} == vars(Augmentation()) | {"scale": None, "ratio": None}
+    assert config["augment"] | {"scale": None, "ratio": None} == vars(AugmentSettings()) | {
+        "scale": None,
+        "ratio": None,
+    }
 
 
 @pytest.mark.parametrize("size", ["t", "s", "b", "atto"])
@@ -253,12 +263,16 @@ def start(config, root):
     """What train.py makes of a config before a run folder is made."""
     cli.check_config(config, train.SCHEMA)
     TrainerSettings(**config["trainer"])
-    Augmentation(**config["augment"])
-    ImageData(**config["data"] | {"root": str(root)})
-    CheckpointStore(Path(), **config["checkpoint"])
+    AugmentSettings(**config["augment"])
+    ImageData(DataSettings(**config["data"] | {"root": str(root)}))
+    CheckpointStore(Path(), CheckpointSettings(**config["checkpoint"]))
     with torch.device("meta"):
-        build_model(**config["model"] | {"num_classes": 10})
-    build_schedule(build_optimizer(torch.nn.Linear(2, 2), **config["optimizer"]), 10, **config["schedule"])
+        build_model(ModelSettings(**config["model"] | {"num_classes": 10}))
+    build_schedule(
+        build_optimizer(torch.nn.Linear(2, 2), OptimizerSettings(**config["optimizer"]), 4096),
+        ScheduleSettings(**config["schedule"]),
+        10,
+    )
 
 
 NAN, INF = float("nan"), float("inf")
@@ -484,19 +498,25 @@ def test_a_contextual_model_of_one_or_two_classes_has_a_fix_that_works():
     with torch.device("meta"):
         for classes in (1, 2):
             with pytest.raises(UserError, match="classes") as error:
-                build_model(**composed()["model"] | {"num_classes": classes})
+                build_model(ModelSettings(**composed()["model"] | {"num_classes": classes}))
             choices = [word for word in error.value.fix.split() if word.startswith("model")]
-            assert build_model(**composed(*choices)["model"] | {"num_classes": classes}).num_classes == classes
+            assert (
+                build_model(ModelSettings(**composed(*choices)["model"] | {"num_classes": classes})).num_classes
+                == classes
+            )
 
 
 @pytest.mark.parametrize(("classes", "counts"), [(3, [500, 200, 50]), (5, [3, 2]), (1000, [50, 200, 500])])
 def test_class_counts_that_do_not_fit_have_a_fix_that_works(classes, counts):
     model = composed("model=contextual_convnext_atto")["model"] | {"num_classes": classes}
     with pytest.raises(UserError) as error:
-        build_model(**model | {"class_counts": counts})
+        build_model(ModelSettings(**model | {"class_counts": counts}))
     choice = error.value.fix.split(", ")[0]
     fixed = composed("model=contextual_convnext_atto", choice)["model"]["class_counts"]
-    assert build_model(**model | {"class_counts": fixed}).class_counts == build_model(**model).class_counts
+    assert (
+        build_model(ModelSettings(**model | {"class_counts": fixed})).class_counts
+        == build_model(ModelSettings(**model)).class_counts
+    )
 
 
 def test_a_missing_key_of_an_own_group_is_named(own_conf, monkeypatch, capsys):

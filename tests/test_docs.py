@@ -17,6 +17,7 @@ from PIL import Image
 
 from contextual_cnn.contracts import StagedScores
 from contextual_cnn.models import build_model
+from contextual_cnn.settings.model import ModelSettings
 from tests.conftest import wake_up
 from tests.documentation import PAGES, ROOT, blocks, commands, is_test
 from tests.quick_start import run
@@ -230,7 +231,7 @@ def test_the_new_backbone_is_a_model_like_the_others(tmp_path, monkeypatch):
     (tmp_path / "fournet.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module("fournet")
-    model = build_model(**yaml.safe_load(config) | {"num_classes": 10})
+    model = build_model(ModelSettings(**yaml.safe_load(config) | {"num_classes": 10}))
     scores = StagedScores.of(model.train()(torch.randn(2, 3, 64, 64)))
     assert [logits.shape for logits in scores.logits] == [(2, 10)] * 4
     wake_up(model)

@@ -26,6 +26,7 @@ import train
 from contextual_cnn import cli
 from contextual_cnn.errors import UserError
 from contextual_cnn.models import build_model
+from contextual_cnn.settings.model import ModelSettings
 from contextual_cnn.trained import load_model
 from tests.conftest import small_run
 from tests.hostile import write_whole
@@ -223,7 +224,7 @@ def test_no_key_of_the_loader_reaches_a_model_in_training(kind, watch):
     for key in KEYS:
         for name in ("contextual_convnext_atto", "convnext_atto", "resnet18"):
             with pytest.raises(UserError, match=rf"timm_options.*\b{key}\b"):
-                build_model(name=name, num_classes=6, timm_options={key: watch.value_of(key, kind)})
+                build_model(ModelSettings(name=name, num_classes=6, timm_options={key: watch.value_of(key, kind)}))
     watch.assert_untouched()
 
 

@@ -9,6 +9,7 @@ import torch
 
 from contextual_cnn.errors import UserError
 from contextual_cnn.models import build_model
+from contextual_cnn.settings.model import ModelSettings
 from contextual_cnn.trained import load_model
 from tests.hostile import write_whole
 from tests.quick_start import run
@@ -146,7 +147,7 @@ def test_an_unusual_size_of_our_own_is_no_suspicion(tmp_path):
     options = dict(timm_options={"depths": [2, 1, 9, 1], "dims": [8, 8, 8, 8], "patch_size": 2}, embedding_dim=24)
     write_run(tmp_path, **options)
     loaded = load_model(tmp_path).model
-    built = build_model(name="contextual_convnext_atto", num_classes=12, **options)
+    built = build_model(ModelSettings(name="contextual_convnext_atto", num_classes=12, **options))
     assert [(name, t.shape) for name, t in loaded.state_dict().items()] == [
         (name, t.shape) for name, t in built.state_dict().items()
     ]

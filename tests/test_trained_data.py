@@ -47,5 +47,5 @@ def test_a_checkpoint_from_before_data_interpolation_is_bicubic(run):
 )
 def test_noise_is_not_inherited(run, tmp_path, own, overrides, loader, layout):
     given = load_model(trained_with(run, tmp_path, **{"loader": "dali", "layout": "auto"} | own), data=overrides)
-    assert (given.config["data"]["loader"], given.config["data"]["layout"]) == (loader, layout)
-    assert given.own_data.items() >= own.items()
+    assert (given.data.loader, given.data.layout) == (loader, layout)
+    assert all(getattr(given.own_data, key) == value for key, value in own.items())

@@ -106,33 +106,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def find_checkpoint(given: str | Path, key: str = "checkpoint") -> Path:
-    """A file as it is; of a run folder its best checkpoint, or the last where there is no best.
-
-    Args:
-        key: what it was given for.
-    """
-    path = Path(given).expanduser()
-    if not path.is_dir():
-        return path
-    for candidate in _in_folder(path):
-        if candidate.is_file():
-            return candidate
-    raise UserError(
-        f"{key}: {path} holds no checkpoints/best.pt or last.pt",
-        "give a run folder (outputs/NAME) or a .pt file",
-    )
-
-
-def has_checkpoint(folder: Path) -> bool:
-    """Whether `find_checkpoint` finds one there."""
-    return any(candidate.is_file() for candidate in _in_folder(folder))
-
-
-def _in_folder(folder: Path) -> list[Path]:
-    return [parent / f"{name}.pt" for parent in (folder / "checkpoints", folder) for name in ("best", "last")]
-
-
 def is_checkpoint(path: Path) -> bool:
     """Whether a file is a checkpoint of this program, damaged or not: by its last line, or else by its entries."""
     try:

@@ -19,11 +19,12 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from contextual_cnn.command_line import check_choices, check_sweep, explain
-from contextual_cnn.config import Group, check_config, check_run_name, read_config
+from contextual_cnn.config import read_config
 from contextual_cnn.errors import STOPPED, LostProcess, Stopped, UserError, report_status
+from contextual_cnn.schema import Group, check_config, schema_of
 from contextual_cnn.text import print_any_text
 
-__all__ = ["Group", "check_config", "check_run_name", "check_sweep", "job", "read_config", "run"]
+__all__ = ["Group", "check_config", "check_sweep", "job", "read_config", "run", "schema_of"]
 
 
 def run(main: Callable[[], None]) -> None:
@@ -65,7 +66,16 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
             # A restart helps neither a mistake nor a request to stop, whichever process of this node has had it
             sys.exit(0 if _reported_status() in ("2", f"{STOPPED}") else 1)
 
-    return wrapped
+    return _recorded(wrapped)
+
+
+def _recorded(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """torchrun shows the traceback of the process that failed first, if `record` has handed it over."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return function
+    from torch.distributed.elastic.multiprocessing.errors import record  # here: torch takes seconds
+
+    return record(function)
 
 
 def _check_mode() -> None:

@@ -4,7 +4,7 @@ import difflib
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from contextual_cnn.errors import UserError
+from contextual_cnn.schema import nearest
 
 _SEVERAL = re.compile(r"Ambiguous value for argument '(.*)'$", re.MULTILINE)  # Hydra's, of a comma without --multirun
 
@@ -101,14 +102,6 @@ def check_sweep(config: DictConfig, key: str) -> None:
         is_group = isinstance(OmegaConf.select(config, swept), DictConfig)
         fix = shlex.quote(f"{key}={value}_${{{swept}.name}}" if is_group else f"{key}={value}_${{{swept}}}")
         raise UserError(f"the runs over {swept} would all have {key}={value}", fix)
-
-
-def nearest(prefix: str, key: str, expected: Sequence[str] | Mapping[str, Any]) -> str:
-    """A fix for a key that is not there."""
-    near = difflib.get_close_matches(key, list(expected), n=1, cutoff=0.5)
-    if near:
-        return f"did you mean {prefix}{near[0]}?"
-    return f"the keys are {', '.join(prefix + name for name in expected)}"
 
 
 def explain(error: Exception) -> UserError:

@@ -20,10 +20,12 @@ class Batch(NamedTuple):
     images: (B, 3, H, W) float, normalised, channels_last.
     targets: (B,) int64 class indices, or (B, N) float probabilities after mixing or smoothing. In an evaluation -1 is
         the target of an image that cannot be read or decoded: no answer is right.
+    replaced: images of a training batch that stand in for others, which cannot be used.
     """
 
     images: Tensor
     targets: Tensor
+    replaced: int = 0
 
 
 class TimmModel(Protocol):

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from contextual_cnn.errors import LostProcess, UserError
+from contextual_cnn.launcher import STARTED_BY, launched, world_size
 
 _TORCHS_TURN = 5  # seconds by which torch's own error, which tells more, may be late
-_STARTED_BY = "scripts/launch.sh or torchrun sets it; for one process: unset RANK LOCAL_RANK WORLD_SIZE"
 
 
 @dataclass(frozen=True)
@@ -33,24 +33,6 @@ class World:
         return self.rank == 0
 
 
-def is_main_process() -> bool:
-    """Rank 0 by the launcher's environment; usable before there is a process group."""
-    return _number("RANK", 0) == 0
-
-
-def world_size() -> int:
-    """Number of processes by the launcher's environment; usable before there is a process group."""
-    return _number("WORLD_SIZE", 1)
-
-
-def _number(name: str, least: int) -> int:
-    """What the launcher has set; without a launcher the least there can be."""
-    text = os.environ.get(name, str(least))
-    if not (text.isascii() and text.isdigit() and int(text) >= least):
-        raise UserError(f"{name}={text} in the environment is not a number from {least} on", _STARTED_BY)
-    return int(text)
-
-
 @contextmanager
 def process_group(device: str = "auto", timeout_minutes: float = 10) -> Iterator[World]:
     """Joins the group that torchrun describes (nccl on GPUs, gloo on CPUs); alone, there is no group to join.
@@ -65,7 +47,7 @@ def process_group(device: str = "auto", timeout_minutes: float = 10) -> Iterator
             restart the processes.
     """
     _check_restarts()
-    rank, size, local_rank = _number("RANK", 0), world_size(), _number("LOCAL_RANK", 0)
+    rank, size, local_rank = launched("RANK", 0), world_size(), launched("LOCAL_RANK", 0)
     _check_place(rank, size)
     where = _device(device, local_rank)
     if where.type == "cuda":
@@ -89,9 +71,9 @@ def process_group(device: str = "auto", timeout_minutes: float = 10) -> Iterator
 def _check_place(rank: int, size: int) -> None:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if size > 1 and missing:
-        raise UserError(f"WORLD_SIZE={size}, but {' and '.join(missing)} not set in the environment", _STARTED_BY)
+        raise UserError(f"WORLD_SIZE={size}, but {' and '.join(missing)} not set in the environment", STARTED_BY)
     if rank >= size:
-        raise UserError(f"RANK={rank}, but WORLD_SIZE={size}: ranks count from 0", _STARTED_BY)
+        raise UserError(f"RANK={rank}, but WORLD_SIZE={size}: ranks count from 0", STARTED_BY)
 
 
 def _join(device: torch.device, timeout_minutes: float) -> None:
@@ -101,7 +83,7 @@ def _join(device: torch.device, timeout_minutes: float) -> None:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=_meet(timeout),
-            rank=_number("RANK", 0),
+            rank=launched("RANK", 0),
             world_size=world_size(),
             timeout=timeout,
             device_id=device if device.type == "cuda" else None,

@@ -10,7 +10,6 @@ import random
 from enum import IntEnum
 
 import numpy as np
-import torch
 
 _WORDS_PER_COUNT = 4  # one increment of Philox's counter yields four 64-bit words, one word a double
 
@@ -51,6 +50,8 @@ def uniform_rows(purpose: Purpose, *key: int, start: int, rows: int, columns: in
 
 def seed_all(purpose: Purpose, *key: int) -> None:
     """Sets the generators that libraries draw from: Python's (timm's erasing), numpy's (timm's Mixup), torch's."""
+    import torch  # here: what draws by numpy alone does not wait for it
+
     words = np.random.SeedSequence((purpose, *key)).generate_state(2, np.uint32)
     random.seed(int(words[0]))
     np.random.seed(int(words[0]))  # noqa: NPY002 - timm's Mixup draws from the legacy generator

@@ -1,23 +1,23 @@
 """A trained model, read from a checkpoint: where evaluate.py and the scripts that use a trained model start from."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from timm.data import ImageNetInfo
 from torch import nn
 
-from contextual_cnn import cli
-from contextual_cnn.checkpoint import find_checkpoint, load_checkpoint
+from contextual_cnn.checkpoint import load_checkpoint
 from contextual_cnn.checkpoint_entries import choose_weights, require_entries
-from contextual_cnn.data import ImageData
-from contextual_cnn.data.image_data import LATER_KEYS
+from contextual_cnn.checkpoint_files import find_checkpoint
 from contextual_cnn.errors import UserError
-from contextual_cnn.models import build_model
 from contextual_cnn.models.restore import restore_model
+from contextual_cnn.schema import Group, check_config
+from contextual_cnn.settings.data import LATER_KEYS, DataSettings
+from contextual_cnn.settings.model import ModelSettings
 
-_SCHEMA = {"model": cli.Group(build_model), "data": cli.Group(ImageData)}
+_SCHEMA = {"model": Group(ModelSettings), "data": Group(DataSettings)}
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,10 @@ class Trained:
 
     model: on the CPU, in eval mode.
     weights: "raw" or "ema".
-    config: of its training, with groups "model" and "data"; "data" with what the caller has overridden.
-    own_data: the group as the training had it.
+    settings: of the model.
+    data: of its training, with what the caller has overridden.
+    own_data: as the training had it.
+    config: of its training, as the checkpoint holds it; unchecked but for the groups above.
     """
 
     model: nn.Module
@@ -35,8 +37,10 @@ class Trained:
     path: Path
     step: int
     classes: tuple[str, ...]
+    settings: ModelSettings
+    data: DataSettings
+    own_data: DataSettings
     config: dict[str, Any]
-    own_data: dict[str, Any]
 
     @property
     def folder(self) -> Path:
@@ -47,13 +51,12 @@ class Trained:
     @property
     def transform(self) -> dict[str, Any]:
         """How evaluation makes an image: the arguments of timm's `create_transform`, timm's data config."""
-        data = self.config["data"]
         return {
-            "input_size": (3, data["image_size"], data["image_size"]),
-            "crop_pct": data["crop_pct"],
-            "interpolation": data["interpolation"],
-            "mean": tuple(data["mean"]),
-            "std": tuple(data["std"]),
+            "input_size": (3, self.data.image_size, self.data.image_size),
+            "crop_pct": self.data.crop_pct,
+            "interpolation": self.data.interpolation,
+            "mean": tuple(self.data.mean),
+            "std": tuple(self.data.std),
         }
 
 
@@ -75,14 +78,23 @@ def load_model(checkpoint: str, weights: str = "auto", data: Mapping[str, Any] |
     config = {**state["config"], "data": _with_later_keys(state["config"].get("data"))}
     try:
         _check_config(config, len(state["classes"]))
-        model = restore_model(config["model"], tensors)
+        settings, own_data = ModelSettings(**config["model"]), DataSettings(**config["data"])
+        model = restore_model(settings, tensors)
     except UserError as error:  # of keys that are in the file
         raise UserError(
             f"{path}: {error.cause}", "use another checkpoint, or the version that wrote this one"
         ) from error
-    own_data = config["data"]
-    config["data"] = _evaluated_data(own_data, data or {})
-    return Trained(model.eval(), name, path, state["step"], tuple(state["classes"]), config, own_data)
+    return Trained(
+        model=model.eval(),
+        weights=name,
+        path=path,
+        step=state["step"],
+        classes=tuple(state["classes"]),
+        settings=settings,
+        data=_evaluated_data(own_data, data or {}),
+        own_data=own_data,
+        config=config,
+    )
 
 
 def _with_later_keys(data: Any) -> Any:
@@ -91,19 +103,19 @@ def _with_later_keys(data: Any) -> Any:
 
 def _check_config(config: Mapping[str, Any], classes: int) -> None:
     """A checkpoint's config is somebody's input too."""
-    cli.check_config({group: config.get(group) for group in _SCHEMA}, _SCHEMA)
+    check_config({group: config.get(group) for group in _SCHEMA}, _SCHEMA)
     if config["model"]["num_classes"] != classes:
         raise UserError(f"a model of {config['model']['num_classes']} classes with the names of {classes}", "")
 
 
-def _evaluated_data(own: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _evaluated_data(own: DataSettings, overrides: Mapping[str, Any]) -> DataSettings:
     """A run's own data, but a loader of noise is never inherited, nor a layout of noise by a folder that is given."""
-    real = {}
-    if own.get("loader") == "synthetic":
+    real: dict[str, Any] = {}
+    if own.loader == "synthetic":
         real["loader"] = "dali"
-    if own.get("layout") == "synthetic" and "root" in overrides:
+    if own.layout == "synthetic" and "root" in overrides:
         real["layout"] = "auto"
-    return own | real | dict(overrides)
+    return replace(own, **real | dict(overrides))
 
 
 def describe_classes(classes: tuple[str, ...]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """What is counted and drawn."""
 
-from functools import partial
+from dataclasses import replace
 
 import pytest
 import timm
@@ -9,6 +9,7 @@ from PIL import Image
 from contextual_cnn.analysis.cost import count_cost
 from contextual_cnn.analysis.curves import plot_curves
 from contextual_cnn.models import build_model
+from contextual_cnn.settings.model import ModelSettings
 
 
 def test_the_plain_models_cost_is_the_published_one():
@@ -20,7 +21,7 @@ def test_the_plain_models_cost_is_the_published_one():
 
 def test_a_contextual_model_costs_its_twin_plus_what_the_definition_adds():
     """By hand, for the tiny model: 5 contextual layers, each stage's projection, three mergings."""
-    cost, plain = count_cost(build_model(name="contextual_convnext_tiny", num_classes=1000)), 4.455e9
+    cost, plain = count_cost(build_model(ModelSettings(name="contextual_convnext_tiny", num_classes=1000))), 4.455e9
     layers = [(192, 28), (384, 14), (384, 14), (384, 14), (768, 7)]
     taps, context = 49, 256
     samples = sum(channels * side**2 * taps for channels, side in layers)
@@ -42,9 +43,9 @@ def test_a_contextual_model_costs_its_twin_plus_what_the_definition_adds():
 
 def test_the_dense_form_costs_its_twin_plus_generators_and_one_thin_map():
     """By hand, for ResNet-50 with one contextual stage: three blocks of 512 channels, the first of stride 2."""
-    build = partial(build_model, name="contextual_resnet50", num_classes=1000)
+    settings = ModelSettings(name="contextual_resnet50", num_classes=1000, contextual_stages=[4])
     plain, deformable, weight, both = (
-        count_cost(build(contextual_stages=[4], convolution=kind))
+        count_cost(build_model(replace(settings, convolution=kind)))
         for kind in ("plain", "deformable", "weight_offsets", "contextual")
     )
     assert plain.macs == pytest.approx(4.089e9, rel=1e-3)

@@ -30,6 +30,8 @@ from contextual_cnn.errors import UserError
 from contextual_cnn.models import build_model
 from contextual_cnn.models.contextual_conv import ContextualConv2d
 from contextual_cnn.ops import contextual_conv2d
+from contextual_cnn.settings.data import DataSettings
+from contextual_cnn.settings.model import ModelSettings
 from tests.conftest import ROOT, run_command, small_run
 
 CLASSES = [f"class {i}" for i in range(6)]
@@ -40,7 +42,7 @@ BACKBONES = ("contextual_convnext_atto", "contextual_resnet50")
 def model(request):
     """With offsets, of which a fresh model has none."""
     torch.manual_seed(0)
-    built = build_model(name=request.param, num_classes=6).eval()
+    built = build_model(ModelSettings(name=request.param, num_classes=6)).eval()
     for layer in built.modules():
         if isinstance(layer, ContextualConv2d):
             nn.init.normal_(layer.weight_offset.out.weight, std=0.1)
@@ -59,7 +61,7 @@ def images(photos) -> Images:
 
 
 def test_images_that_cannot_be_decoded_are_named(image_root, tmp_path):
-    maker = ImageMaker(32, 0.875, "bicubic", [0.5] * 3, [0.5] * 3, torch.device("cpu"))
+    maker = ImageMaker(DataSettings(root="", image_size=32), torch.device("cpu"))
     name = os.fsdecode(b"caf\xe9\n.jpg")
     (tmp_path / name).write_bytes(b"<html>404</html>")
     with pytest.raises(UserError, match=r"caf\\xe9\\n\.jpg"):
@@ -241,7 +243,9 @@ def test_images_are_made_as_timm_evaluates(image_root):
     files = find_images([image_root / "val"], 5)
     assert len(files) == 5
     size = dict(crop_pct=0.8, interpolation="bilinear", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
-    made = ImageMaker(48, **size, device=torch.device("cpu")).from_files(files, ["class_1", "class_0"])
+    made = ImageMaker(DataSettings(root="", image_size=48, **size), torch.device("cpu")).from_files(
+        files, ["class_1", "class_0"]
+    )
     transform = create_transform(48, **size)
     for path, tensor, label in zip(files, made.inputs, made.labels, strict=True):
         with Image.open(path) as image:

@@ -7,11 +7,13 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from contextual_cnn.contracts import Batch
-from contextual_cnn.data.augmentation import ATTEMPTS, Augmentation, BatchAugmentation, draw
+from contextual_cnn.data.augmentation import ATTEMPTS, Augmentation
+from contextual_cnn.data.mixing import BatchAugmentation
 from contextual_cnn.data.random_erasing import erase_randomly
 from contextual_cnn.data.sampler import MicroBatch
 from contextual_cnn.errors import UserError
 from contextual_cnn.randomness import Purpose, seed_all
+from contextual_cnn.settings.augment import AugmentSettings
 from tests import reference
 
 
@@ -20,12 +22,12 @@ def batch(start, count, epoch=0):
 
 
 def test_an_images_draws_do_not_depend_on_the_batch_it_is_in():
-    whole = draw(Augmentation(), 5, batch(0, 40))
-    part = draw(Augmentation(), 5, batch(12, 8))
+    whole = Augmentation(AugmentSettings(), 5).draw(batch(0, 40))
+    part = Augmentation(AugmentSettings(), 5).draw(batch(12, 8))
     for name in ("height", "width", "place", "flip"):
         assert (getattr(whole, name)[12:20] == getattr(part, name)).all()
-    assert (draw(Augmentation(), 5, batch(0, 40, epoch=1)).place != whole.place).any()
-    assert (draw(Augmentation(), 6, batch(0, 40)).place != whole.place).any()
+    assert (Augmentation(AugmentSettings(), 5).draw(batch(0, 40, epoch=1)).place != whole.place).any()
+    assert (Augmentation(AugmentSettings(), 6).draw(batch(0, 40)).place != whole.place).any()
 
 
 def kolmogorov_smirnov(a, b):
@@ -48,7 +50,7 @@ def test_crops_are_distributed_as_timms(height, width):
     timms = np.array(
         [RandomResizedCropAndInterpolation.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(count)], float
     )
-    draws = draw(Augmentation(), 0, batch(0, count))
+    draws = Augmentation(AugmentSettings(), 0).draw(batch(0, count))
     ours = np.array(
         [
             reference.random_resized_crop(
@@ -109,7 +111,7 @@ def test_erasing_never_and_always():
 
 
 def test_mixing_gives_timms_soft_targets_and_is_seeded_by_the_micro_batch():
-    augment = BatchAugmentation(Augmentation(erasing=0.5), num_classes=5)
+    augment = BatchAugmentation(AugmentSettings(erasing=0.5), num_classes=5)
     images, targets = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
     results = []
     for key in ((0, 1), (0, 1), (0, 2)):
@@ -124,7 +126,7 @@ def test_mixing_gives_timms_soft_targets_and_is_seeded_by_the_micro_batch():
 
 @pytest.mark.parametrize(("mode", "shares"), [("batch", 1), ("pair", 4), ("elem", 8)])
 def test_mixing_can_be_drawn_for_each_image(mode, shares):
-    augment = BatchAugmentation(Augmentation(erasing=0.0, label_smoothing=0.0, cutmix=0.0, mix_mode=mode), 8)
+    augment = BatchAugmentation(AugmentSettings(erasing=0.0, label_smoothing=0.0, cutmix=0.0, mix_mode=mode), 8)
     mixed = augment(Batch(torch.randn(8, 3, 32, 32), torch.arange(8)))
     assert (
         len({round(float(share), 5) for share in mixed.targets.diagonal().minimum(1 - mixed.targets.diagonal())})
@@ -135,10 +137,10 @@ def test_mixing_can_be_drawn_for_each_image(mode, shares):
 def test_smoothing_alone_mixes_nothing_and_nothing_at_all_keeps_hard_targets():
     images, targets = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
     off = dict(erasing=0.0, mixup=0.0, cutmix=0.0)
-    smoothed = BatchAugmentation(Augmentation(**off), 5)(Batch(images.clone(), targets))
+    smoothed = BatchAugmentation(AugmentSettings(**off), 5)(Batch(images.clone(), targets))
     assert torch.equal(smoothed.images, images)
     assert smoothed.targets.max().item() == pytest.approx(0.92)
-    plain = BatchAugmentation(Augmentation(**off, label_smoothing=0.0), 5)(Batch(images, targets))
+    plain = BatchAugmentation(AugmentSettings(**off, label_smoothing=0.0), 5)(Batch(images, targets))
     assert torch.equal(plain.targets, targets)
 
 
@@ -151,10 +153,10 @@ def test_smoothing_alone_mixes_nothing_and_nothing_at_all_keeps_hard_targets():
 )
 def test_numbers_out_of_range_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
-        Augmentation(**wrong)
+        AugmentSettings(**wrong)
 
 
 def test_odd_micro_batches_cannot_be_mixed():
     with pytest.raises(UserError, match="even"):
-        Augmentation().check_micro_batch(7)
-    Augmentation(mixup=0.0, cutmix=0.0, label_smoothing=0.0).check_micro_batch(7)
+        AugmentSettings().check_micro_batch(7)
+    AugmentSettings(mixup=0.0, cutmix=0.0, label_smoothing=0.0).check_micro_batch(7)

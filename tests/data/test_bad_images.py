@@ -9,18 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from contextual_cnn.data import Augmentation, ImageData
 from contextual_cnn.data.bad_images import BadImages
+from contextual_cnn.data.image_data import ImageData
 from contextual_cnn.data.reader import read_image
 from contextual_cnn.data.sampler import BatchPlan, TrainSampler
 from contextual_cnn.data.sources import open_source
 from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError
+from contextual_cnn.settings.augment import AugmentSettings
+from contextual_cnn.settings.data import DataSettings
 from tests.data.layouts import LAYOUTS, write_layout
 from tests.data.malformed import BAD, DECODED, changed, encoded
 
 CPU = torch.device("cpu")
-CROP_AND_FLIP = Augmentation(randaugment=None, color_jitter=0.0)  # RandAugment takes DALI seconds to build
+CROP_AND_FLIP = AugmentSettings(randaugment=None, color_jitter=0.0)  # RandAugment takes DALI seconds to build
 # What shows itself in the decoder only, so that a DALI pipeline ends in its middle
 LATE = {
     "half a png": BAD["half a png"],
@@ -46,7 +48,9 @@ def write_kinds(root, photos, kinds, good):
 
 
 def open_data(root, loader, **options):
-    return ImageData(**dict(root=str(root), image_size=32, threads=1, loader=loader, eval_batch_size=5) | options)
+    return ImageData(
+        DataSettings(**dict(root=str(root), image_size=32, threads=1, loader=loader, eval_batch_size=5) | options)
+    )
 
 
 def train(data, count, world_size=1, rank=0, first_step=0, micro_batch=8, augmentation=CROP_AND_FLIP):
@@ -76,7 +80,7 @@ def test_34_kinds_of_images_end_no_run_and_change_no_good_image(tmp_path, photos
         damaged = train(data, 6)
     expected = sorted(f"train/{names[kind]}" for kind in BAD)
     assert sorted(named(caplog)) == expected  # once each
-    assert data.bad_images.take_replaced() == len(BAD)
+    assert sum(batch.replaced for batch in damaged) == len(BAD)
 
     sampler = TrainSampler(BatchPlan.make(images=48, global_batch=8, micro_batch=8, world_size=1), 0, 0)
     source = data.sources["train"]
@@ -87,9 +91,9 @@ def test_34_kinds_of_images_end_no_run_and_change_no_good_image(tmp_path, photos
             if is_bad[index]:
                 stands_in = next(candidate for candidate in sampler.candidates(n, i) if not is_bad[candidate])
                 (repaired / source.name(index)).write_bytes(source.read(stands_in))
-    again = open_data(repaired, loader)
-    assert_equal(train(again, 6), damaged)
-    assert again.bad_images.take_replaced() == 0
+    again = train(open_data(repaired, loader), 6)
+    assert_equal(again, damaged)
+    assert sum(batch.replaced for batch in again) == 0
 
 
 def test_batches_do_not_depend_on_what_was_met_before(tmp_path, photos, loader):
@@ -107,10 +111,10 @@ def test_a_dali_pipeline_outlives_what_it_cannot_decode(tmp_path, photos, caplog
     root, names = write_kinds(tmp_path, photos, LATE, good=13)
     data = open_data(root, "dali", randaugment_on=augment_on)
     with caplog.at_level(logging.WARNING, "contextual_cnn"):
-        epochs = train(data, 6, augmentation=Augmentation())
+        epochs = train(data, 6, augmentation=AugmentSettings())
     assert sorted(named(caplog)) == sorted(f"train/{name}" for name in names.values())
     assert "truncated" in caplog.text  # why, as PIL tells it
-    assert data.bad_images.take_replaced() == 9  # three epochs
+    assert sum(batch.replaced for batch in epochs) == 9  # three epochs
     assert all(batch.images.isfinite().all() for batch in epochs)
 
 
@@ -150,7 +154,7 @@ def test_an_image_that_vanishes_in_mid_epoch_is_replaced(image_root, tmp_path, l
     with caplog.at_level(logging.WARNING, "contextual_cnn"):
         before += [next(batches) for _ in range(5)]
     assert "cannot be used: " + ("the shard ends" if layout == "shards" else "No such file") in caplog.text
-    assert data.bad_images.take_replaced() >= 1
+    assert sum(batch.replaced for batch in before) >= 1
     assert len(before) == 6
 
 

@@ -17,6 +17,7 @@ from contextual_cnn.data.image_check import check_header, image_kinds, open_imag
 from contextual_cnn.data.imagenet_archives import ArchivedImage
 from contextual_cnn.data.sources import open_source
 from contextual_cnn.errors import UserError
+from contextual_cnn.settings.data import DataSettings
 from scripts import prepare_imagenet
 from tests.conftest import ROOT
 
@@ -177,7 +178,7 @@ def preview(folder, monkeypatch):
 OPENED_BY = {
     "check": lambda folder, _: image_kinds((folder / "train/a/0.jpg").read_bytes(), "0.jpg"),
     "torch loader": lambda folder, _: torch_loader._decode(open_source(folder, "train", "folders"), 0),
-    "figures": lambda folder, _: ImageMaker(32, 0.875, "bicubic", [0.5] * 3, [0.5] * 3, torch.device("cpu")).from_files(
+    "figures": lambda folder, _: ImageMaker(DataSettings(root="", image_size=32), torch.device("cpu")).from_files(
         [folder / "train/a/0.jpg"], ["a"]
     ),
     "preview": preview,

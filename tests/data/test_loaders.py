@@ -11,13 +11,16 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from contextual_cnn.data import Augmentation, ImageData, dali
-from contextual_cnn.data.augmentation import draw
+from contextual_cnn.data import dali
+from contextual_cnn.data.augmentation import Augmentation
+from contextual_cnn.data.image_data import ImageData
 from contextual_cnn.data.randaugment import pil_ops
 from contextual_cnn.data.randaugment.policy import fill_color
 from contextual_cnn.data.sampler import BatchPlan, TrainSampler
 from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError
+from contextual_cnn.settings.augment import AugmentSettings
+from contextual_cnn.settings.data import DataSettings
 from tests import reference
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -67,7 +70,7 @@ def crop(photo, height, width):
 def test_evaluation_equals_timms_transform(tmp_path, photos, sizes, loader, interpolation):
     images = [crop(photos[i % 2], *size) for i, size in enumerate(sizes)]
     options = dict(threads=1, eval_batch_size=4, loader=loader, interpolation=interpolation)
-    data = ImageData(root=str(write(tmp_path, images)), **options)
+    data = ImageData(DataSettings(root=str(write(tmp_path, images)), **options))
     ours = pixels(torch.cat([batch.images for batch in data.evaluation_batches(world())]))
     transform = create_transform(224, interpolation=interpolation, crop_pct=0.875, mean=MEAN, std=STD)
     theirs = pixels(torch.stack([transform(Image.fromarray(image)) for image in images]))
@@ -81,13 +84,13 @@ def test_training_crops_are_those_that_were_drawn(tmp_path, photos, loader, inte
     sizes = [(375, 500), (500, 333), (60, 300), (300, 60), (90, 90), (427, 640)]
     images = [crop(photos[i % 2], *size) for i, size in enumerate(sizes)]
     root, kind = write(tmp_path, images, "train"), Image.Resampling[interpolation.upper()]
-    data = ImageData(root=str(root), threads=1, loader=loader, interpolation=interpolation)
-    augmentation = Augmentation(scale=(0.3, 1.0), ratio=(0.8, 1.25), randaugment=None, color_jitter=0.0)
+    data = ImageData(DataSettings(root=str(root), threads=1, loader=loader, interpolation=interpolation))
+    augmentation = AugmentSettings(scale=(0.3, 1.0), ratio=(0.8, 1.25), randaugment=None, color_jitter=0.0)
     plan = BatchPlan.make(images=6, global_batch=6, micro_batch=6, world_size=1)
     batches, sampler = data.train_batches(plan, augmentation, 1, world(), 0), TrainSampler(plan, 1, 0)
     for n in range(4):
         batch, drawn_for = next(batches), sampler[n]
-        draws = draw(augmentation, 1, drawn_for)
+        draws = Augmentation(augmentation, 1).draw(drawn_for)
         for i, index in enumerate(drawn_for.indices):
             top, left, h, w = reference.random_resized_crop(
                 *sizes[index], zip(draws.height[i], draws.width[i], strict=True), draws.place[i], (0.8, 1.25)
@@ -98,7 +101,7 @@ def test_training_crops_are_those_that_were_drawn(tmp_path, photos, loader, inte
             assert (pixels(batch.images[i]) - expected).abs().mean() < 0.3  # another place or size would be over 5
 
 
-@pytest.mark.parametrize("augmentation", [Augmentation(), Augmentation(randaugment=None)], ids=["rand", "jitter"])
+@pytest.mark.parametrize("augmentation", [AugmentSettings(), AugmentSettings(randaugment=None)], ids=["rand", "jitter"])
 def test_training_images_are_what_pil_makes_of_the_same_draws(tmp_path, photos, augmentation):
     """From one undistorted crop on, so that the resize, which is not PIL's to the last level, has no part in it."""
     images = [crop(photos[i % 2][40 * i :, 60 * i :], 128, 128) for i in range(4)]
@@ -107,14 +110,17 @@ def test_training_images_are_what_pil_makes_of_the_same_draws(tmp_path, photos, 
     plan = BatchPlan.make(images=4, global_batch=4, micro_batch=4, world_size=1)
     ours = {
         (loader, on): ImageData(
-            root=str(root), image_size=128, threads=2, loader=loader, randaugment_on=on
+            DataSettings(root=str(root), image_size=128, threads=2, loader=loader, randaugment_on=on)
         ).train_batches(plan, augmentation, 2, world(), 0)
         for loader in LOADERS
         for on in ("loader", "device")
     }
     sampler = TrainSampler(plan, 2, 0)
     for n in range(12):
-        batches, draws = {key: next(batches) for key, batches in ours.items()}, draw(augmentation, 2, sampler[n])
+        batches, draws = (
+            {key: next(batches) for key, batches in ours.items()},
+            Augmentation(augmentation, 2).draw(sampler[n]),
+        )
         for batch in batches.values():
             assert torch.equal(batch.targets, batches["dali", "loader"].targets)
             assert batch.images.is_contiguous(memory_format=torch.channels_last)
@@ -134,9 +140,9 @@ def test_training_images_are_what_pil_makes_of_the_same_draws(tmp_path, photos, 
 
 
 def test_batches_are_channels_last_with_targets_of_their_class(image_root, loader):
-    data = ImageData(root=str(image_root), image_size=64, threads=1, loader=loader)
+    data = ImageData(DataSettings(root=str(image_root), image_size=64, threads=1, loader=loader))
     plan = BatchPlan.make(images=48, global_batch=16, micro_batch=8, world_size=1)
-    batch = next(data.train_batches(plan, Augmentation(), 0, world(), 0))
+    batch = next(data.train_batches(plan, AugmentSettings(), 0, world(), 0))
     indices = TrainSampler(plan, 0, 0)[0].indices
     assert batch.images.shape == (8, 3, 64, 64)
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
@@ -148,8 +154,8 @@ def test_batches_depend_on_neither_threads_nor_start_nor_ranks(image_root, loade
     shared = BatchPlan.make(images=48, global_batch=16, micro_batch=8, world_size=2)
 
     def read(count, threads=1, plan=plan, rank=0, first_step=0):
-        data = ImageData(root=str(image_root), image_size=64, threads=threads, loader=loader)
-        batches = data.train_batches(plan, Augmentation(), 0, world(rank, plan.world_size), first_step)
+        data = ImageData(DataSettings(root=str(image_root), image_size=64, threads=threads, loader=loader))
+        batches = data.train_batches(plan, AugmentSettings(), 0, world(rank, plan.world_size), first_step)
         return [next(batches) for _ in range(count)]
 
     straight = read(8)
@@ -166,7 +172,7 @@ def test_batches_depend_on_neither_threads_nor_start_nor_ranks(image_root, loade
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 20])
 def test_evaluation_shows_every_image_once_in_every_pass(image_root, world_size, loader):
-    data = ImageData(root=str(image_root), image_size=32, threads=1, eval_batch_size=4, loader=loader)
+    data = ImageData(DataSettings(root=str(image_root), image_size=32, threads=1, eval_batch_size=4, loader=loader))
     loaders = [data.evaluation_batches(world(rank, world_size)) for rank in range(world_size)]
     for _ in range(3):
         targets = [t for loader in loaders for batch in loader for t in batch.targets.tolist()]
@@ -181,7 +187,7 @@ def test_exif_does_not_turn_an_image(tmp_path, photos, loader):
     (root / "val" / "a" / "00.png").unlink()
     Image.fromarray(crop(photos[0], 300, 400)).save(turned, exif=exif)
     Image.fromarray(crop(photos[0], 300, 400)).save(straight)
-    data = ImageData(root=str(root), threads=1, loader=loader)
+    data = ImageData(DataSettings(root=str(root), threads=1, loader=loader))
     (batch,) = data.evaluation_batches(world())
     assert torch.equal(batch.images[0], batch.images[1])
 
@@ -192,7 +198,7 @@ def test_grey_cmyk_and_mislabelled_images_have_three_channels(tmp_path, photos, 
     for i, mode in enumerate(("L", "CMYK", "RGB"), start=1):
         image.convert(mode).save(root / "val" / "a" / f"{i:02d}.jpg")
     image.save(root / "val" / "a" / "04.JPEG", format="PNG")
-    data = ImageData(root=str(root), image_size=64, threads=1, loader=loader)
+    data = ImageData(DataSettings(root=str(root), image_size=64, threads=1, loader=loader))
     (batch,) = data.evaluation_batches(world())
     assert batch.images.shape == (5, 3, 64, 64)
     assert (pixels(batch.images[1:]) - pixels(batch.images[:1])).abs().mean() < 30
@@ -202,8 +208,8 @@ def test_both_loaders_make_the_same_batches_of_the_same_draws(image_root):
     """The whole recipe on JPEGs: the same images, classes, crops and operations; pixels but for these operations."""
     plan = BatchPlan.make(images=48, global_batch=16, micro_batch=8, world_size=1)
     both = [
-        ImageData(root=str(image_root), image_size=64, threads=1, loader=loader).train_batches(
-            plan, Augmentation(), 0, world(), 0
+        ImageData(DataSettings(root=str(image_root), image_size=64, threads=1, loader=loader)).train_batches(
+            plan, AugmentSettings(), 0, world(), 0
         )
         for loader in LOADERS
     ]
@@ -219,15 +225,14 @@ def test_both_loaders_make_the_same_batches_of_the_same_draws(image_root):
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_the_graphs_can_be_traced_for_a_gpu(interpolation):
     """Which is all that a machine without one can do with them; images must not leave the GPU for Python."""
-    options = dict(image_size=224, interpolation=interpolation, normalisation=dict(mean=[0.0] * 3, std=[1.0] * 3))
-    options |= dict(on="cuda", batch_size=4, num_threads=1, device_id=0)
-    recipe = dict(ratio=(0.75, 1.33), layers=2, fill=(124, 116, 104), ops_interpolation="bilinear")
+    settings = DataSettings(root="", interpolation=interpolation)
+    options = dict(on="cuda", batch_size=4, num_threads=1, device_id=0)
     with (
         mock.patch.object(dali.fn, "resize", wraps=dali.fn.resize) as resize,
         mock.patch.object(dali.fn, "python_function", side_effect=AssertionError),
     ):
-        dali._train_pipeline(lambda info: None, **recipe, **options)
-        dali._evaluation_pipeline(lambda info: None, resize_size=256, **options)
+        dali._train_pipeline(lambda info: None, settings, AugmentSettings(), layers=2, crops_alone=False, **options)
+        dali._evaluation_pipeline(lambda info: None, settings, **options)
     kind = {"bicubic": dali.types.INTERP_CUBIC, "bilinear": dali.types.INTERP_LINEAR}[interpolation]
     assert [call.kwargs["interp_type"] for call in resize.call_args_list] == [kind, kind]
 
@@ -236,7 +241,7 @@ def test_the_graphs_can_be_traced_for_a_gpu(interpolation):
 def test_the_torch_loader_names_an_image_that_it_cannot_read(tmp_path, photos, damage):
     root = write(tmp_path, [crop(photos[0], 100, 100)])
     path = root / "val" / "a" / "00.png"
-    data = ImageData(root=str(root), image_size=64, threads=1, loader="torch", on_bad_image="stop")
+    data = ImageData(DataSettings(root=str(root), image_size=64, threads=1, loader="torch", on_bad_image="stop"))
     path.unlink() if damage == "gone" else path.write_bytes(path.read_bytes()[: 0 if damage == "empty" else 500])
     others = set(multiprocessing.active_children())
     with pytest.raises(UserError, match=r"val/a/00\.png cannot be used") as error:
@@ -250,6 +255,6 @@ def test_without_dali_the_package_and_the_other_loader_are_named(image_root, mon
     monkeypatch.delitem(sys.modules, "contextual_cnn.data.dali", raising=False)
     monkeypatch.delattr("contextual_cnn.data.dali", raising=False)
     with pytest.raises(UserError, match="DALI is not installed") as refused:
-        ImageData(root=str(image_root)).evaluation_batches(World(0, 1, 0, CPU))
+        ImageData(DataSettings(root=str(image_root))).evaluation_batches(World(0, 1, 0, CPU))
     for name in ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "data.loader=torch"):
         assert name in refused.value.fix

@@ -15,6 +15,7 @@ from torchvision.transforms import functional
 from contextual_cnn.data.randaugment import ColorJitter, ImageOps, RandAugment, dali_ops, pil_ops, torch_ops
 from contextual_cnn.data.randaugment.policy import ARGUMENT, GEOMETRY, Op, fill_color
 from contextual_cnn.errors import UserError
+from contextual_cnn.settings.augment import RandAugmentNumbers, parse_randaugment
 
 OPS = list(ARGUMENT)
 POINTWISE = [op for op in OPS if op not in GEOMETRY]
@@ -117,7 +118,7 @@ def test_arguments_are_timms():
 
 @pytest.mark.parametrize("text", ["rand-m9-mstd0.5-inc1", "rand-m7-n3-p0.8-inc1", "rand-inc1-mstd1"])
 def test_the_notation_is_timms(text):
-    ours, theirs = RandAugment.parse(text), timm_ops.rand_augment_transform(text, {})
+    ours, theirs = parse_randaugment(text), timm_ops.rand_augment_transform(text, {})
     (settings,) = {(op.prob, op.magnitude, op.magnitude_std) for op in theirs.ops}
     assert (ours.probability, ours.magnitude, ours.magnitude_std) == settings
     assert ours.layers == theirs.num_layers
@@ -131,12 +132,12 @@ _REFUSED += [f"rand-m9-inc1-{section}" for section in ("tweights", "mmax5", "n0"
 @pytest.mark.parametrize("text", _REFUSED)
 def test_what_is_not_supported_is_refused(text):
     with pytest.raises(UserError, match=r"augment\.randaugment"):
-        RandAugment.parse(text)
+        parse_randaugment(text)
 
 
 def test_draws_are_distributed_as_timms():
     n = 100_000
-    ops = RandAugment().draw(0, 0, 0, n)
+    ops = RandAugment(RandAugmentNumbers()).draw(0, 0, 0, n)
     applied = (ops.op != Op.NONE).sum(axis=1)
     np.testing.assert_allclose(np.bincount(applied) / n, [0.25, 0.5, 0.25], atol=0.006)
     counts = np.array([(ops.op == op).sum() for op in OPS])
@@ -156,7 +157,7 @@ def test_draws_are_distributed_as_timms():
 
 
 def test_an_images_draws_depend_on_its_place_in_the_epoch_alone():
-    for policy in (RandAugment(), RandAugment(layers=3), ColorJitter(0.4)):
+    for policy in (RandAugment(RandAugmentNumbers()), RandAugment(RandAugmentNumbers(layers=3)), ColorJitter(0.4)):
         whole, part = policy.draw(3, 1, 0, 40), policy.draw(3, 1, 12, 8)
         assert (whole.op[12:20] == part.op).all()
         assert (whole.argument[12:20] == part.argument).all()
@@ -241,7 +242,7 @@ def test_no_bits_kept_is_black(crops):
 
 def test_two_layers_of_the_recipe_give_nearly_the_same_image_everywhere(crops):
     images = crops * 10
-    ops = RandAugment().draw(7, 0, 0, len(images))
+    ops = RandAugment(RandAugmentNumbers()).draw(7, 0, 0, len(images))
     pil = by_pil(images, ops, "bilinear")
     mean, _ = errors(by_torch(images, ops, "bilinear"), pil)
     assert mean.max() < 1e-3

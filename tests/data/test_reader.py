@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from contextual_cnn.data import Augmentation, ImageData
+from contextual_cnn.data.image_data import ImageData
 from contextual_cnn.data.reader import BatchReader
 from contextual_cnn.data.sampler import BatchPlan
 from contextual_cnn.data.sources import open_source
 from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError
+from contextual_cnn.settings.augment import AugmentSettings
+from contextual_cnn.settings.data import DataSettings
 from tests.data.layouts import write_layout
 
 
@@ -26,7 +28,7 @@ def test_batches_hold_the_bytes_of_their_images_in_order(image_root):
 @pytest.mark.parametrize("damage", ["vanished", "empty"])
 def test_an_image_that_cannot_be_read_is_named(image_root, tmp_path, layout, damage):
     root = write_layout(layout, image_root, tmp_path / "root", shard_images=48)
-    data = ImageData(root=str(root), image_size=64, threads=1, on_bad_image="stop")
+    data = ImageData(DataSettings(root=str(root), image_size=64, threads=1, on_bad_image="stop"))
     name = data.sources["train"].name(20)
     file = root / name.partition(":")[0]
     if damage == "vanished":
@@ -34,7 +36,7 @@ def test_an_image_that_cannot_be_read_is_named(image_root, tmp_path, layout, dam
     else:
         os.truncate(file, 0)
     plan = BatchPlan.make(images=48, global_batch=48, micro_batch=48, world_size=1)
-    batches = data.train_batches(plan, Augmentation(), 0, World(0, 1, 0, torch.device("cpu")), 0)
+    batches = data.train_batches(plan, AugmentSettings(), 0, World(0, 1, 0, torch.device("cpu")), 0)
     expected = r"train-000\.tar:" if layout == "shards" else f"{name} cannot be used"
     with pytest.raises(UserError, match=expected) as error:
         next(batches)

@@ -9,11 +9,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from contextual_cnn.data import random_erasing, synthetic_loader, torch_loader
-from contextual_cnn.data.augmentation import Augmentation, draw
+from contextual_cnn.data.augmentation import Augmentation
 from contextual_cnn.data.on_device import augment, normalise
 from contextual_cnn.data.randaugment.policy import ImageOps, Op
 from contextual_cnn.data.sampler import BatchPlan, MicroBatch, TrainSampler
 from contextual_cnn.data.transfer import to_device
+from contextual_cnn.distributed import World
+from contextual_cnn.settings.augment import AugmentSettings
+from contextual_cnn.settings.data import DataSettings
 
 GPU = torch.device("cuda", 0)
 
@@ -56,7 +59,7 @@ def images():
 
 def draws_of_every_operation():
     """Each of the fifteen for an image; the flips of a seed."""
-    draws = draw(Augmentation(), 0, MicroBatch(0, 0, np.arange(8)))
+    draws = Augmentation(AugmentSettings(), 0).draw(MicroBatch(0, 0, np.arange(8)))
     ops = np.array([op for op in Op if op != Op.NONE] + [Op.NONE]).reshape(8, 2)
     return type(draws)(draws.height, draws.width, draws.place, draws.flip, ImageOps(ops, np.full((8, 2), 3.0)))
 
@@ -83,10 +86,9 @@ class Source:
 
 def synthetic_batches():
     sampler = TrainSampler(BatchPlan.make(images=16, global_batch=8, micro_batch=8, world_size=1), 0, 0)
-    next(synthetic_loader.train_batches(Source(), sampler, None, None, image_size=32, device=GPU))
-    passes = synthetic_loader.EvaluationBatches(
-        Source(), None, rank=0, world_size=1, batch_size=8, image_size=32, device=GPU
-    )
+    settings = DataSettings(root="", image_size=32, eval_batch_size=8)
+    next(synthetic_loader.train_batches(Source(), sampler, None, None, settings, GPU))
+    passes = synthetic_loader.EvaluationBatches(Source(), None, settings, World(0, 1, 0, GPU))
     next(iter(passes))
 
 

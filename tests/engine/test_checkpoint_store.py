@@ -15,6 +15,7 @@ from contextual_cnn.checkpoint import Manifest, load_checkpoint, step_of
 from contextual_cnn.engine import checkpoint_store
 from contextual_cnn.engine.checkpoint_store import CheckpointStore
 from contextual_cnn.errors import UserError
+from contextual_cnn.settings.checkpoint import CheckpointSettings
 
 
 def state(step, weight=1.0):
@@ -23,7 +24,7 @@ def state(step, weight=1.0):
 
 def saved(folder, *steps):
     folder.mkdir(exist_ok=True)
-    store = CheckpointStore(folder)
+    store = CheckpointStore(folder, CheckpointSettings())
     for step in steps:
         store.save(state(step))
     store.close()
@@ -46,7 +47,7 @@ def small_files():
 
 
 def test_last_previous_and_best(tmp_path):
-    store = CheckpointStore(tmp_path)
+    store = CheckpointStore(tmp_path, CheckpointSettings())
     for step in (9, 10, 11):
         store.save(state(step), is_best=step == 10)
     store.close()
@@ -62,7 +63,7 @@ def test_the_state_that_is_written_is_the_one_at_the_call(tmp_path, monkeypatch)
     go_on = threading.Event()
     write = checkpoint_store.write_checkpoint
     monkeypatch.setattr(checkpoint_store, "write_checkpoint", lambda *a: (go_on.wait(), write(*a)))
-    store, live = CheckpointStore(tmp_path), state(1)
+    store, live = CheckpointStore(tmp_path, CheckpointSettings()), state(1)
     store.save(live)  # returns although nothing can be written yet
     live["model"]["w"].fill_(2.0)
     assert not store.last.exists()
@@ -74,7 +75,7 @@ def test_the_state_that_is_written_is_the_one_at_the_call(tmp_path, monkeypatch)
 def test_a_damaged_file_is_passed_over_aloud_and_never_replaces_a_good_one(tmp_path, caplog):
     store = saved(tmp_path, 1, 2, 3)
     damage(store.last)
-    again = CheckpointStore(tmp_path)
+    again = CheckpointStore(tmp_path, CheckpointSettings())
     path, found = again.newest()
     assert (path, found["step"]) == (store.previous, 2)
     assert "last.pt is damaged: its SHA-256" in caplog.text
@@ -85,11 +86,11 @@ def test_a_damaged_file_is_passed_over_aloud_and_never_replaces_a_good_one(tmp_p
 
 def test_all_files_damaged_is_an_error_and_no_fresh_start(tmp_path):
     store = saved(tmp_path, 1, 2)
-    assert CheckpointStore(tmp_path / "empty").newest() is None
+    assert CheckpointStore(tmp_path / "empty", CheckpointSettings()).newest() is None
     damage(store.last)
     store.previous.write_bytes(b"")
     with pytest.raises(UserError, match=r"none of the checkpoints.*previous.pt is no complete.*last.pt is damaged"):
-        CheckpointStore(tmp_path).newest()
+        CheckpointStore(tmp_path, CheckpointSettings()).newest()
 
 
 class Payload:
@@ -126,7 +127,7 @@ def test_whatever_cannot_be_read_is_named_and_the_next_older_one_used(tmp_path, 
     store = saved(tmp_path, 1, 2, 3)
     store.last.unlink()
     UNUSABLE[kind](store.last)
-    again = CheckpointStore(tmp_path)
+    again = CheckpointStore(tmp_path, CheckpointSettings())
     path, found = again.newest()
     assert (path, found["step"]) == (store.previous, 2)
     assert str(store.last) in caplog.text
@@ -139,7 +140,7 @@ def test_whatever_cannot_be_read_is_named_and_the_next_older_one_used(tmp_path, 
 @pytest.mark.parametrize("kind", UNUSABLE)
 def test_a_run_whose_only_checkpoint_cannot_be_read_does_not_start_from_zero(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
-    store = CheckpointStore(tmp_path)
+    store = CheckpointStore(tmp_path, CheckpointSettings())
     UNUSABLE[kind](store.last)
     with pytest.raises(UserError) as refused:
         store.newest()
@@ -152,13 +153,13 @@ def test_a_checkpoint_of_a_later_version_is_not_left_out(tmp_path):
     store = saved(tmp_path, 1, 2)
     write_whole(load_checkpoint(store.last) | {"format": 99}, store.last, step=2)
     with pytest.raises(UserError, match="format 99"):
-        CheckpointStore(tmp_path).newest()
+        CheckpointStore(tmp_path, CheckpointSettings()).newest()
 
 
 def test_whatever_happens_the_newest_whole_file_is_found(tmp_path):
     """Random saves, damage to the newest, half-written files and restarts, while one whole file is left."""
     draw = random.Random(0)
-    store, step, fell_back = CheckpointStore(tmp_path), 0, 0
+    store, step, fell_back = CheckpointStore(tmp_path, CheckpointSettings()), 0, 0
     for _ in range(120):
         event = draw.choice(["save", "save", "best", "damage", "killed in a write"])
         whole = {path: step_of(path) for path in tmp_path.glob("*.pt") if is_whole(path)}
@@ -172,7 +173,7 @@ def test_whatever_happens_the_newest_whole_file_is_found(tmp_path):
         elif len(whole) > 1:
             damage(max(whole, key=whole.get))
             expected = max(whole[path] for path in whole if is_whole(path))
-            store = CheckpointStore(tmp_path)
+            store = CheckpointStore(tmp_path, CheckpointSettings())
             assert store.newest()[1]["step"] == expected
             fell_back += 1
     assert step > 20
@@ -188,7 +189,7 @@ def is_whole(path):
 
 
 def test_a_full_disk_is_a_warning_then_tried_again(tmp_path, caplog, small_files):
-    store = CheckpointStore(tmp_path)
+    store = CheckpointStore(tmp_path, CheckpointSettings())
     store.save(state(1))
     store.wait()
     assert "the checkpoint of step 1 was not written" in caplog.text
@@ -204,7 +205,7 @@ def test_a_full_disk_is_a_warning_then_tried_again(tmp_path, caplog, small_files
 
 
 def test_a_folder_that_is_gone_stops_nothing(tmp_path, caplog):
-    store = CheckpointStore(tmp_path / "gone")
+    store = CheckpointStore(tmp_path / "gone", CheckpointSettings())
     store.save(state(1))
     store.wait()
     assert "the folder is gone" in caplog.text
@@ -256,11 +257,11 @@ def test_a_link_in_the_place_of_the_file_that_is_written_is_not_followed(tmp_pat
 def test_the_files_own_times_say_nothing(tmp_path):
     store = saved(tmp_path, 1, 2)
     os.utime(store.previous, (2_000_000_000, 2_000_000_000))
-    assert CheckpointStore(tmp_path).newest()[1]["step"] == 2
+    assert CheckpointStore(tmp_path, CheckpointSettings()).newest()[1]["step"] == 2
 
 
 def test_a_folder_that_goes_in_mid_run_does_not_end_it(tmp_path, caplog):
-    CheckpointStore(tmp_path / "gone").warn_of_little_room(state(1))
+    CheckpointStore(tmp_path / "gone", CheckpointSettings()).warn_of_little_room(state(1))
     assert str(tmp_path / "gone") in caplog.text
 
 
@@ -270,7 +271,7 @@ def test_a_link_is_named_and_its_target_left_alone(tmp_path, caplog):
     run = tmp_path / "run"
     run.mkdir()
     (run / "last.pt").symlink_to(elsewhere)
-    store = CheckpointStore(run)
+    store = CheckpointStore(run, CheckpointSettings())
     assert store.newest()[1]["step"] == 5
     assert f"last.pt is a link to {elsewhere}" in caplog.text
     for step in (6, 7):
@@ -292,7 +293,7 @@ def test_weights_that_are_not_finite_replace_nothing(tmp_path, caplog):
 def test_when_a_state_is_due(tmp_path, monkeypatch):
     now = 1000.0
     monkeypatch.setattr(checkpoint_store.time, "monotonic", lambda: now)
-    store = CheckpointStore(tmp_path, every_steps=5, every_minutes=1)
+    store = CheckpointStore(tmp_path, CheckpointSettings(every_steps=5, every_minutes=1))
     assert not store.is_due(4)
     assert store.is_due(5)
     store.save(state(5))
@@ -300,14 +301,14 @@ def test_when_a_state_is_due(tmp_path, monkeypatch):
     assert not store.is_due(9)
     now += 61
     assert store.is_due(6)
-    again = CheckpointStore(tmp_path, every_steps=5, every_minutes=None)
+    again = CheckpointStore(tmp_path, CheckpointSettings(every_steps=5, every_minutes=None))
     again.newest()
     assert not again.is_due(9)
-    never = CheckpointStore(tmp_path / "gone", every_minutes=None)
+    never = CheckpointStore(tmp_path / "gone", CheckpointSettings(every_minutes=None))
     never.save(state(1))
     never.wait()
     assert not never.is_due(10**6)
     now += 61
     assert never.is_due(2)  # because the last one failed
     with pytest.raises(UserError, match=r"checkpoint.every_minutes must be above 0"):
-        CheckpointStore(tmp_path, every_minutes=0)
+        CheckpointStore(tmp_path, CheckpointSettings(every_minutes=0))

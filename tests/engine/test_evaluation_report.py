@@ -1,25 +1,14 @@
 """Which file a report belongs into: that of the run's own whole val split is replaced by nothing else."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from contextual_cnn.engine.evaluation_report import differing_data, write_report
+from contextual_cnn.settings.data import DataSettings
 
-OWN = {
-    "root": "/data/imagenet",
-    "layout": "auto",
-    "exclude": None,
-    "limit": None,
-    "image_size": 224,
-    "crop_pct": 0.875,
-    "interpolation": "bicubic",
-    "mean": [0.485, 0.456, 0.406],
-    "std": [0.229, 0.224, 0.225],
-    "loader": "dali",
-    "threads": None,
-    "eval_batch_size": 128,
-}
+OWN = DataSettings(root="/data/imagenet")
 OTHER = {
     "root": "/data/imagenet-a",
     "layout": "benchmark",
@@ -36,7 +25,7 @@ OTHER = {
 
 @pytest.mark.parametrize("key", OTHER)
 def test_whatever_makes_other_images_has_a_file_of_its_own(key, tmp_path):
-    differences = differing_data(OWN, OWN | {key: OTHER[key]})
+    differences = differing_data(OWN, replace(OWN, **{key: OTHER[key]}))
     assert list(differences) == [key]
     write_report(tmp_path, {"top1": 90.0, "differences": {}})
     write_report(tmp_path, {"top1": 10.0, "differences": differences})
@@ -49,15 +38,15 @@ def test_whatever_makes_other_images_has_a_file_of_its_own(key, tmp_path):
 def test_another_way_to_the_same_images_is_no_difference(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     same = {"root": f"{tmp_path}/images", "loader": "torch", "threads": 4, "eval_batch_size": 1}
-    assert differing_data(OWN | {"root": "images"}, OWN | same) == {}
-    assert differing_data(OWN | {"loader": "synthetic"}, OWN) == {}  # evaluated on the images all the same
+    assert differing_data(replace(OWN, root="images"), replace(OWN, **same)) == {}
+    assert differing_data(replace(OWN, loader="synthetic"), OWN) == {}  # evaluated on the images all the same
 
 
 def test_a_file_is_found_by_what_differs_and_by_nothing_else(tmp_path):
     """Folders of the same name, and names that no file system takes."""
     awkward = "/x/" + "é\n/".join("ab" * 100 for _ in range(3))
     for root in ("/a/val", "/b/val", "/b/val", awkward):
-        write_report(tmp_path, {"differences": differing_data(OWN, OWN | {"root": root, "limit": 7})})
+        write_report(tmp_path, {"differences": differing_data(OWN, replace(OWN, root=root, limit=7))})
     names = [path.name for path in tmp_path.iterdir()]
     assert len(names) == 3
     assert sum(name.startswith("evaluation_root-val_limit-7_") for name in names) == 2

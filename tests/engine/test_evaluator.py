@@ -11,6 +11,7 @@ from contextual_cnn.distributed import World
 from contextual_cnn.engine.evaluator import evaluate
 from contextual_cnn.engine.metrics import labels_of, stage_hits, top_hits
 from contextual_cnn.models import build_model
+from contextual_cnn.settings.model import ModelSettings
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
 
@@ -20,7 +21,7 @@ def batches(sizes, classes=10):
 
 
 def test_uneven_batches_are_counted_as_one_pass_of_images():
-    model = build_model(name="contextual_convnext_atto", num_classes=10)
+    model = build_model(ModelSettings(name="contextual_convnext_atto", num_classes=10))
     data = batches((5, 3, 1))
     split = evaluate({"raw": model}, data, 9, WORLD, contextlib.nullcontext())["raw"]
     whole = Batch(torch.cat([b.images for b in data]), torch.cat([b.targets for b in data]))
@@ -43,13 +44,13 @@ def test_uneven_batches_are_counted_as_one_pass_of_images():
 @pytest.mark.parametrize(("contextual", "named"), [((4,), {3}), ((2, 4), {1, 3}), ((1, 2, 3, 4), {1, 2, 3})])
 def test_recall_is_named_by_the_stage_that_made_the_shortlist(contextual, named):
     """These names alone, so that a rank without images, which names its sums by the model, has the same."""
-    model = build_model(name="contextual_convnext_atto", num_classes=10, contextual_stages=contextual)
+    model = build_model(ModelSettings(name="contextual_convnext_atto", num_classes=10, contextual_stages=contextual))
     report = evaluate({"raw": model}, batches((3,)), 3, WORLD, contextlib.nullcontext())["raw"]
     assert {name for name in report if name.startswith("recall")} == {f"recall_stage{stage}" for stage in named}
 
 
 def test_the_loss_is_finite_where_classes_have_been_dropped():
-    model = build_model(name="contextual_convnext_atto", num_classes=10, selection="reduce")
+    model = build_model(ModelSettings(name="contextual_convnext_atto", num_classes=10, selection="reduce"))
     (batch,) = batches((40,))
     report = evaluate({"raw": model}, [batch], 40, WORLD, contextlib.nullcontext())["raw"]
     with torch.no_grad():
@@ -61,21 +62,21 @@ def test_the_loss_is_finite_where_classes_have_been_dropped():
 
 
 def test_an_image_lost_or_counted_twice_is_noticed():
-    model = build_model(name="convnext_atto", num_classes=10)
+    model = build_model(ModelSettings(name="convnext_atto", num_classes=10))
     for sizes in ((4,), (4, 2)):
         with pytest.raises(RuntimeError, match="of a split of 5"):
             evaluate({"raw": model}, batches(sizes), 5, WORLD, contextlib.nullcontext())
 
 
 def test_models_return_in_their_mode_and_without_images_nothing_breaks():
-    model = build_model(name="convnext_atto", num_classes=3).train()
+    model = build_model(ModelSettings(name="convnext_atto", num_classes=3)).train()
     evaluate({"raw": model}, batches((2,), 3), 2, WORLD, contextlib.nullcontext())
     assert model.training
 
 
 def test_a_prediction_among_some_of_the_classes_by_hand():
     """As ImageNet-A and -R are evaluated: the best of the classes that are there, whatever the others' scores."""
-    model = build_model(name="contextual_convnext_atto", num_classes=10)
+    model = build_model(ModelSettings(name="contextual_convnext_atto", num_classes=10))
     subset = [7, 2, 4]
     (batch,) = (Batch(torch.randn(30, 3, 32, 32), torch.tensor(subset * 10)),)
     among, observed = torch.zeros(10, dtype=torch.bool), []

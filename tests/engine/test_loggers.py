@@ -12,6 +12,7 @@ from wandb.proto.wandb_internal_pb2 import RunRecord
 
 from contextual_cnn.engine.loggers import JsonLinesLogger, open_loggers, read_metrics
 from contextual_cnn.errors import UserError
+from contextual_cnn.settings.logger import LoggerSettings
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +69,7 @@ def test_metrics_that_are_not_a_file_are_refused(tmp_path, kind):
 def test_without_a_key_wandb_runs_offline_and_keeps_its_id(tmp_path):
     ids = []
     for resumed_step in (0, 3):
-        logger = open_loggers(tmp_path, {"lr": 0.1}, "name", resumed_step, wandb="auto")
+        logger = open_loggers(tmp_path, LoggerSettings(wandb="auto"), {"lr": 0.1}, "name", resumed_step)
         logger.log(resumed_step + 1, {"train/loss": 1.0})
         logger.close()
         ids.append((tmp_path / "wandb_id.txt").read_text())
@@ -80,7 +81,7 @@ def test_without_a_key_wandb_runs_offline_and_keeps_its_id(tmp_path):
 
 def test_online_without_a_key_is_refused_before_anything_starts(tmp_path):
     with pytest.raises(UserError, match="no W&B API key"):
-        open_loggers(tmp_path, {}, "name", 0, wandb="online")
+        open_loggers(tmp_path, LoggerSettings(wandb="online"), {}, "name", 0)
 
 
 def test_unreachable_wandb_goes_offline_in_seconds(tmp_path, monkeypatch):
@@ -89,7 +90,7 @@ def test_unreachable_wandb_goes_offline_in_seconds(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setattr("contextual_cnn.engine.wandb_logger._INIT_TIMEOUT", 3)
     started = time.perf_counter()
-    logger = open_loggers(tmp_path, {"lr": 0.1}, "name", 0, wandb="auto")
+    logger = open_loggers(tmp_path, LoggerSettings(wandb="auto"), {"lr": 0.1}, "name", 0)
     assert time.perf_counter() - started < 60  # its own patience is 100 s
     logger.log(1, {"train/loss": 1.0})
     logger.close()
@@ -106,7 +107,7 @@ def test_wandb_writes_nowhere_but_in_the_run_folder(tmp_path, monkeypatch, caplo
     run = tmp_path / "run"
     run.mkdir()
     (run / "wandb").write_text("a file where the folder would be")
-    logger = open_loggers(run, {"lr": 0.1}, "name", 0, wandb="offline")
+    logger = open_loggers(run, LoggerSettings(wandb="offline"), {"lr": 0.1}, "name", 0)
     logger.log(1, {"train/loss": 1.0})
     logger.close()
     assert "W&B is left out, as its folder cannot be written" in caplog.text
@@ -123,7 +124,7 @@ def test_wandb_is_told_neither_the_host_nor_the_remote_of_the_clone(tmp_path, mo
     for arguments in (["init", "-q"], remote, [*author, "commit", "-q", "--allow-empty", "-m", "A commit"]):
         subprocess.run(["git", *arguments], cwd=clone, check=True)
     monkeypatch.chdir(clone)
-    logger = open_loggers(run, {"lr": 0.1}, "name", 0, wandb="offline")
+    logger = open_loggers(run, LoggerSettings(wandb="offline"), {"lr": 0.1}, "name", 0)
     logger.log(1, {"train/loss": 1.0})
     logger.close()
     (mirror,) = run.glob("wandb/offline-run-*/run-*.wandb")

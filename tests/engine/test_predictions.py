@@ -9,7 +9,8 @@ import torch
 from contextual_cnn.data.sampler import evaluation_batches
 from contextual_cnn.data.sources.source import ImageFiles
 from contextual_cnn.distributed import World
-from contextual_cnn.engine.predictions import Predictions, PredictionTable, check_writable, write_predictions
+from contextual_cnn.engine.own_files import check_writable
+from contextual_cnn.engine.predictions import Predictions, PredictionTable, write_predictions
 from contextual_cnn.errors import UserError
 
 CPU = torch.device("cpu")

@@ -10,6 +10,7 @@ from contextual_cnn.data.sampler import BatchPlan
 from contextual_cnn.engine.checkpoint_store import CheckpointStore
 from contextual_cnn.engine.resume import load_newest
 from contextual_cnn.errors import UserError
+from contextual_cnn.settings.checkpoint import CheckpointSettings
 
 CONFIG = {
     "data": {"root": "/a"},
@@ -24,7 +25,7 @@ def plan(**changes):
 
 @pytest.fixture
 def store(tmp_path):
-    store = CheckpointStore(tmp_path)
+    store = CheckpointStore(tmp_path, CheckpointSettings())
     assert load_newest(store, CONFIG, ("a",), "abc", plan(), "auto") is None
     store.save(
         {

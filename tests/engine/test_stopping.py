@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from contextual_cnn.engine.stopping import StopRequest, seconds_of
+from contextual_cnn.engine.stopping import StopRequest
 from contextual_cnn.errors import UserError
+from contextual_cnn.settings.trainer import TrainerSettings
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 PREPARED = """
@@ -27,13 +28,13 @@ print("ready", flush=True)
     [(None, None), ("3:50:00", 13800), ("3:50", 13800), ("0:00:30", 30), (2, 7200), (0.5, 1800)],
 )
 def test_time_limits(written, seconds):
-    assert seconds_of(written) == pytest.approx(seconds)
+    assert TrainerSettings(max_time=written).max_seconds == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize("written", [0, -1, "1:75", "soon", "", 13800, "0:00"])
 def test_what_is_no_time_limit(written):
     with pytest.raises(UserError, match=r"trainer.max_time=3:50:00"):
-        seconds_of(written)
+        TrainerSettings(max_time=written)
 
 
 def test_the_limit_is_a_reason_to_stop():

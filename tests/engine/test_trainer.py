@@ -4,11 +4,12 @@ from types import SimpleNamespace
 
 from contextual_cnn.engine.trainer import Trainer
 from contextual_cnn.models import build_model
+from contextual_cnn.settings.model import ModelSettings
 
 
 def test_a_shortlist_no_better_than_chance_is_named_by_its_stage(caplog):
     model = build_model(
-        name="contextual_convnext_atto", num_classes=10, contextual_stages=[3, 4], class_counts=[8, 4, 2]
+        ModelSettings(name="contextual_convnext_atto", num_classes=10, contextual_stages=[3, 4], class_counts=[8, 4, 2])
     )
     trainer = SimpleNamespace(train_step=SimpleNamespace(module=model), data=SimpleNamespace(num_classes=10))
     Trainer._warn_of_collapse(trainer, {"recall_stage2": 41.0, "recall_stage3": 90.0})

@@ -8,14 +8,15 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from contextual_cnn.contracts import Batch
-from contextual_cnn.data.bad_images import BadImages
 from contextual_cnn.data.sampler import BatchPlan
 from contextual_cnn.distributed import World
-from contextual_cnn.engine.trainer_settings import TrainerSettings
 from contextual_cnn.engine.training_step import TrainingStep
 from contextual_cnn.errors import UserError
 from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.optim import build_optimizer, build_schedule
+from contextual_cnn.settings.optimizer import OptimizerSettings
+from contextual_cnn.settings.schedule import ScheduleSettings
+from contextual_cnn.settings.trainer import TrainerSettings
 
 
 class WithStatistics(nn.Sequential):
@@ -35,15 +36,14 @@ class Small(nn.Module):
 
 
 def training_step(model, state=None, micro_batch=8, optimizer=None, **settings):
-    optimizer = optimizer or build_optimizer(model)
+    optimizer = optimizer or build_optimizer(model, OptimizerSettings(), 4096)
     return TrainingStep(
         TrainerSettings(**dict(ema_decay=None) | settings),
         model=model,
         loss=StagedCrossEntropy(),
         optimizer=optimizer,
-        schedule=build_schedule(optimizer, 10),
+        schedule=build_schedule(optimizer, ScheduleSettings(), 10),
         augment=lambda batch: batch,
-        bad_images=BadImages("skip", 1),
         plan=BatchPlan.make(images=16, global_batch=8, micro_batch=micro_batch, world_size=1),
         seed=0,
         world=World(0, 1, 0, torch.device("cpu")),
@@ -101,8 +101,8 @@ def assert_equal_states(one, other):
 
 
 OPTIMIZERS = {
-    "timm's adamw": lambda model: build_optimizer(model, lr=0.1),
-    "timm's lamb": lambda model: build_optimizer(model, name="lamb", lr=0.1, eps=1e-6),
+    "timm's adamw": lambda model: build_optimizer(model, OptimizerSettings(lr=0.1), 4096),
+    "timm's lamb": lambda model: build_optimizer(model, OptimizerSettings(name="lamb", lr=0.1, eps=1e-6), 4096),
     "torch's plain adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=0.1),
 }
 

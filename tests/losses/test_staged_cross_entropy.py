@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from contextual_cnn.contracts import StagedScores
 from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.models import build_model
+from contextual_cnn.settings.loss import LossSettings
+from contextual_cnn.settings.model import ModelSettings
 from tests import reference
 
 B, N = 6, 8
@@ -37,7 +39,7 @@ def soft_targets(seed=1):
 @pytest.mark.parametrize("counts", [(8, 8, 8, 8), (8, 6, 4, 2), (8, 3, 2, 1)])
 def test_equals_the_formula(counts, reduction):
     scores, sets = scores_of(counts)
-    loss = StagedCrossEntropy(alpha=0.15, reduction=reduction)
+    loss = StagedCrossEntropy(LossSettings(alpha=0.15, reduction=reduction))
     labels = torch.arange(B) % N
     logits = [stage.detach() for stage in scores.logits]
     for targets, dense in ((labels, F.one_hot(labels, N).float()), (soft_targets(), soft_targets())):
@@ -49,7 +51,7 @@ def test_equals_the_formula(counts, reduction):
 def test_all_classes_considered_is_plain_cross_entropy(reduction):
     scores, _ = scores_of((N,) * 4)
     labels = torch.randint(N, (B,))
-    loss = StagedCrossEntropy(alpha=0.15, reduction=reduction)(scores, labels)
+    loss = StagedCrossEntropy(LossSettings(alpha=0.15, reduction=reduction))(scores, labels)
     for i, logits in enumerate(scores.logits, start=1):
         torch.testing.assert_close(loss.parts[f"loss_stage{i}"], F.cross_entropy(logits, labels))
     each = [F.cross_entropy(logits, labels) for logits in scores.logits]
@@ -60,7 +62,7 @@ def test_all_classes_considered_is_plain_cross_entropy(reduction):
 def test_one_hot_soft_targets_equal_hard_targets(reduction):
     scores, _ = scores_of((8, 5, 3, 2))
     labels = torch.randint(N, (B,))
-    loss = StagedCrossEntropy(reduction=reduction)
+    loss = StagedCrossEntropy(LossSettings(reduction=reduction))
     torch.testing.assert_close(loss(scores, F.one_hot(labels, N).float()).total, loss(scores, labels).total)
 
 
@@ -99,6 +101,6 @@ def test_a_model_without_stages_gets_plain_cross_entropy():
     [((4,), (3, 4)), ((3, 4), (2, 3, 4)), ((2, 4), (1, 3, 4)), ((1, 2, 3, 4), (1, 2, 3, 4)), ((1,), (4,))],
 )
 def test_a_loss_is_named_by_the_stage_that_its_classification_follows(contextual, named):
-    model = build_model(name="contextual_convnext_atto", num_classes=N, contextual_stages=contextual)
+    model = build_model(ModelSettings(name="contextual_convnext_atto", num_classes=N, contextual_stages=contextual))
     loss = StagedCrossEntropy()(model(torch.randn(2, 3, 32, 32)), torch.arange(2))
     assert list(loss.parts) == [f"loss_stage{stage}" for stage in named]

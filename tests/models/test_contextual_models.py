@@ -15,13 +15,14 @@ from contextual_cnn.errors import UserError
 from contextual_cnn.models import build_model
 from contextual_cnn.models.contextual_conv import WITHOUT_CONTEXT, ContextualConv2d, Convolution, DeformableConv2d
 from contextual_cnn.models.resnet import ContextualBottleneck
+from contextual_cnn.settings.model import ModelSettings
 from tests.conftest import wake_up
 
 SIZES = ["atto", "tiny", "small", "base"]
 
 
 def atto(**options):
-    return build_model(name="contextual_convnext_atto", num_classes=10, **options)
+    return build_model(ModelSettings(name="contextual_convnext_atto", num_classes=10, **options))
 
 
 @pytest.mark.parametrize("layout", ["timm .pth", "timm .safetensors", "original ConvNeXt"])
@@ -34,7 +35,7 @@ def test_plain_weights_make_an_exact_drop_in(tmp_path, layout):
     path = tmp_path / ("weights.safetensors" if "safetensors" in layout else "weights.pth")
     save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
     name = "contextual_convnext_tiny" if layout == "original ConvNeXt" else "contextual_convnext_atto"
-    model = build_model(name=name, num_classes=10, weights=str(path)).eval()
+    model = build_model(ModelSettings(name=name, num_classes=10, weights=str(path))).eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert_close(model.forward_features(images), plain.forward_features(images), rtol=1e-5, atol=1e-5)
@@ -49,7 +50,7 @@ def test_a_fresh_model_of_any_kind_is_its_plain_twin(tmp_path, twin, kind):
     plain = timm.create_model(twin, num_classes=10).eval()
     torch.save(plain.state_dict(), tmp_path / "plain.pth")
     options = dict(convolution=kind, weights=str(tmp_path / "plain.pth"))
-    model = build_model(name=f"contextual_{twin}", num_classes=10, **options).eval()
+    model = build_model(ModelSettings(name=f"contextual_{twin}", num_classes=10, **options)).eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = plain.forward_features(images)
@@ -70,7 +71,9 @@ def test_the_deformable_kind_is_torchvisions_operator():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_of_every_kind_learns(kind):
-    model = wake_up(build_model(name="contextual_convnext_atto", num_classes=10, layer_scale=1.0, convolution=kind))
+    model = wake_up(
+        build_model(ModelSettings(name="contextual_convnext_atto", num_classes=10, layer_scale=1.0, convolution=kind))
+    )
     scores = StagedScores.of(model(torch.randn(4, 3, 64, 64)))
     sum(logits.square().mean() for logits in scores.logits).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
@@ -268,7 +271,9 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", ["contextual_convnext_atto", "convnext_atto"])
 def test_timms_own_options_reach_the_backbone(name):
-    model = build_model(name=name, num_classes=10, timm_options={"patch_size": 2, "depths": [1, 1, 1, 1]})
+    model = build_model(
+        ModelSettings(name=name, num_classes=10, timm_options={"patch_size": 2, "depths": [1, 1, 1, 1]})
+    )
     assert model.stem[0].stride == (2, 2)
     assert [len(stage.blocks) for stage in model.stages] == [1, 1, 1, 1]
 
@@ -276,7 +281,7 @@ def test_timms_own_options_reach_the_backbone(name):
 @pytest.mark.parametrize("options", MISTAKES.values(), ids=MISTAKES)
 def test_mistakes_are_explained(options):
     with pytest.raises(UserError) as error:
-        build_model(num_classes=10, **options)
+        build_model(ModelSettings(num_classes=10, **options))
     assert error.value.cause
     assert error.value.fix
 
@@ -303,5 +308,7 @@ def test_weights_that_want_to_run_code_are_refused(tmp_path):
 
     torch.save({"stem.0.weight": Payload()}, tmp_path / "weights.pth")
     with pytest.raises(UserError):
-        build_model(name="contextual_convnext_atto", num_classes=4, weights=str(tmp_path / "weights.pth"))
+        build_model(
+            ModelSettings(name="contextual_convnext_atto", num_classes=4, weights=str(tmp_path / "weights.pth"))
+        )
     assert not (tmp_path / "was_run").exists()

@@ -19,6 +19,7 @@ from torch.testing import assert_close
 from contextual_cnn.errors import UserError
 from contextual_cnn.models import build_model
 from contextual_cnn.models.class_context import check_class_counts
+from contextual_cnn.settings.model import ModelSettings
 from tests.conftest import wake_up
 
 MODELS = ["contextual_convnext_atto", "contextual_resnet50"]
@@ -258,9 +259,9 @@ def test_released_weights_load_as_far_as_they_have_a_counterpart(tmp_path, caplo
     torch.save({"state_dict": as_released(kept)}, tmp_path / "released.pth")
     with caplog.at_level(logging.WARNING):
         given = dict(name="contextual_convnext_tiny", num_classes=20, weights=str(tmp_path / "released.pth"))
-        model = build_model(**given, projection_norm="layer")
+        model = build_model(ModelSettings(**given, projection_norm="layer"))
     with pytest.raises(UserError, match=r"another norm, see model\.projection_norm"):
-        build_model(**given)
+        build_model(ModelSettings(**given))
     assert "have no counterpart here" in caplog.text
     assert "spatial_offset_layer" in caplog.text
     found, given = model.state_dict(), trained.state_dict()
@@ -279,10 +280,12 @@ def test_released_weights_of_another_embedding_size_are_refused(tmp_path):
     torch.save(state, tmp_path / "released.pth")
     with pytest.raises(UserError, match="does not fit"):
         build_model(
-            name="contextual_convnext_tiny",
-            num_classes=20,
-            weights=str(tmp_path / "released.pth"),
-            projection_norm="layer",
+            ModelSettings(
+                name="contextual_convnext_tiny",
+                num_classes=20,
+                weights=str(tmp_path / "released.pth"),
+                projection_norm="layer",
+            )
         )
 
 

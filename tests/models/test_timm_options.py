@@ -11,6 +11,7 @@ from torch import nn
 from contextual_cnn.errors import UserError
 from contextual_cnn.models import build_model
 from contextual_cnn.models.timm_options import LARGEST, _options_of
+from contextual_cnn.settings.model import ModelSettings
 
 
 @pytest.mark.parametrize(
@@ -24,8 +25,8 @@ from contextual_cnn.models.timm_options import LARGEST, _options_of
     ],
 )
 def test_a_backbones_own_options_reach_it(name, options):
-    plain = build_model(name=name, num_classes=5).state_dict()
-    model = build_model(name=name, num_classes=5, timm_options=options)
+    plain = build_model(ModelSettings(name=name, num_classes=5)).state_dict()
+    model = build_model(ModelSettings(name=name, num_classes=5, timm_options=options))
     assert {key: t.shape for key, t in model.state_dict().items()} != {key: t.shape for key, t in plain.items()}
 
 
@@ -46,7 +47,7 @@ def test_a_backbones_own_options_reach_it(name, options):
 )
 def test_others_are_refused(key, value, part):
     with pytest.raises(UserError, match=key) as refused:
-        build_model(name="contextual_convnext_atto", num_classes=10, timm_options={key: value})
+        build_model(ModelSettings(name="contextual_convnext_atto", num_classes=10, timm_options={key: value}))
     assert part in refused.value.fix
 
 

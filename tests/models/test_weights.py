@@ -8,6 +8,7 @@ import torch
 from contextual_cnn.checkpoint import DamagedCheckpoint
 from contextual_cnn.errors import UserError
 from contextual_cnn.models import build_model
+from contextual_cnn.settings.model import ModelSettings
 from tests.hostile import write_whole
 from tests.scripts.run_folders import write_run
 
@@ -27,7 +28,7 @@ def run(tmp_path):
 
 
 def loaded(weights, num_classes=12, **changes):
-    return build_model(**TINY | changes, num_classes=num_classes, weights=str(weights)).state_dict()
+    return build_model(ModelSettings(**TINY | changes, num_classes=num_classes, weights=str(weights))).state_dict()
 
 
 def test_a_run_gives_the_weights_that_made_it_the_best(run, caplog):

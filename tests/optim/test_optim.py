@@ -10,12 +10,15 @@ from timm.utils import adaptive_clip_grad
 from contextual_cnn.errors import UserError
 from contextual_cnn.models import build_model
 from contextual_cnn.optim import build_optimizer, build_schedule, clip_gradients, step_if_finite
+from contextual_cnn.settings.model import ModelSettings
+from contextual_cnn.settings.optimizer import OptimizerSettings
+from contextual_cnn.settings.schedule import ScheduleSettings
 from tests import reference
 
 
 def test_biases_norms_embeddings_and_temperature_do_not_decay():
-    model = build_model(name="contextual_convnext_atto", num_classes=10)
-    optimizer = build_optimizer(model, lr=1e-3, weight_decay=0.05)
+    model = build_model(ModelSettings(name="contextual_convnext_atto", num_classes=10))
+    optimizer = build_optimizer(model, OptimizerSettings(lr=1e-3, weight_decay=0.05), 4096)
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decays) == len(list(model.parameters()))
     spared = {name for name, p in model.named_parameters() if decays[id(p)] == 0}
@@ -30,7 +33,7 @@ def test_biases_norms_embeddings_and_temperature_do_not_decay():
 def test_schedule_is_convnexts(epochs, warmup):
     parameter = torch.nn.Parameter(torch.zeros(2, 2))
     optimizer = torch.optim.AdamW([parameter], lr=1e-3)
-    schedule = build_schedule(optimizer, 7, epochs=epochs, warmup_epochs=warmup)
+    schedule = build_schedule(optimizer, ScheduleSettings(epochs=epochs, warmup_epochs=warmup), 7)
     rates = []
     for step in range(epochs * 7):
         schedule.step_update(step)
@@ -44,7 +47,7 @@ def test_a_non_finite_step_changes_nothing_at_all(name):
         torch.manual_seed(0)
         model = torch.nn.Linear(4, 4)
         options = dict(betas=None, eps=None, momentum=0.9) if name == "sgd" else {}
-        optimizer = build_optimizer(model, name=name, lr=0.1, **options)
+        optimizer = build_optimizer(model, OptimizerSettings(name=name, lr=0.1, **options), 4096)
         for gradient in gradients:
             for p in model.parameters():
                 p.grad = torch.full_like(p, gradient)
@@ -62,7 +65,7 @@ def test_a_non_finite_step_changes_nothing_at_all(name):
 )
 def test_unknown_optimizers_and_options_are_refused(options):
     with pytest.raises(UserError):
-        build_optimizer(torch.nn.Linear(2, 2), **options)
+        build_optimizer(torch.nn.Linear(2, 2), OptimizerSettings(**options), 4096)
 
 
 RECIPE = dict(betas=[0.9, 0.999], eps=1e-8, momentum=None)
@@ -71,19 +74,19 @@ RECIPE = dict(betas=[0.9, 0.999], eps=1e-8, momentum=None)
 @pytest.mark.parametrize(("name", "lacking"), [("sgd", ["betas", "eps"]), ("lion", ["eps"]), ("rmsprop", ["betas"])])
 def test_what_an_optimizer_lacks_is_named_at_once(name, lacking):
     with pytest.raises(UserError) as refused:
-        build_optimizer(torch.nn.Linear(2, 2), name=name, **RECIPE)
+        build_optimizer(torch.nn.Linear(2, 2), OptimizerSettings(name=name, **RECIPE), 4096)
     assert refused.value.fix.split() == [f"optimizer.{key}=null" for key in lacking]
-    build_optimizer(torch.nn.Linear(2, 2), name=name, **RECIPE | dict.fromkeys(lacking))
+    build_optimizer(torch.nn.Linear(2, 2), OptimizerSettings(name=name, **RECIPE | dict.fromkeys(lacking)), 4096)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adan"])
 @pytest.mark.parametrize("betas", [[0.9], [0.9, 1.0], [0.9, -0.1], [0.9, 0.9, 0.9], [0.9] * 4, [0.9, float("nan")], []])
 def test_betas_are_as_many_as_the_optimizer_has_and_below_one(name, betas):
     if name == "adan" and len(betas) == 3:
-        build_optimizer(torch.nn.Linear(2, 2), name=name, betas=betas)
+        build_optimizer(torch.nn.Linear(2, 2), OptimizerSettings(name=name, betas=betas), 4096)
         return
     with pytest.raises(UserError, match="betas"):
-        build_optimizer(torch.nn.Linear(2, 2), name=name, betas=betas, eps=None)
+        build_optimizer(torch.nn.Linear(2, 2), OptimizerSettings(name=name, betas=betas, eps=None), 4096)
 
 
 @pytest.mark.parametrize(
@@ -97,20 +100,24 @@ def test_betas_are_as_many_as_the_optimizer_has_and_below_one(name, betas):
 )
 def test_other_numbers_of_an_optimizer_are_in_range(name, numbers):
     with pytest.raises(UserError, match=next(iter(numbers))):
-        build_optimizer(torch.nn.Linear(2, 2), name=name, **dict(betas=None, eps=None) | numbers)
+        build_optimizer(
+            torch.nn.Linear(2, 2), OptimizerSettings(name=name, **dict(betas=None, eps=None) | numbers), 4096
+        )
 
 
 @pytest.mark.parametrize(("epochs", "warmup", "advice"), [(20, 20, 1), (5, 20, 1), (90, 90, 6), (300, 301, 20)])
 def test_a_warm_up_as_long_as_the_run_is_refused_with_the_recipes_share(epochs, warmup, advice):
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     with pytest.raises(UserError, match="warmup") as refused:
-        build_schedule(optimizer, 10, epochs=epochs, warmup_epochs=warmup)
+        build_schedule(optimizer, ScheduleSettings(epochs=epochs, warmup_epochs=warmup), 10)
     assert refused.value.fix == f"schedule.warmup_epochs={advice}"
 
 
 def rates(steps_per_epoch, epochs, **options):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = build_schedule(optimizer, steps_per_epoch, epochs=epochs, warmup_epochs=1, min_lr=0.0, **options)
+    schedule = build_schedule(
+        optimizer, ScheduleSettings(epochs=epochs, warmup_epochs=1, min_lr=0.0, **options), steps_per_epoch
+    )
     found = []
     for step in range(epochs * steps_per_epoch):
         schedule.step_update(step)
@@ -140,12 +147,14 @@ def test_the_other_schedules_warm_up_and_take_their_shape():
 
 @pytest.mark.parametrize(("scaling", "expected"), [("none", 0.1), ("linear", 0.4), ("sqrt", 0.2)])
 def test_the_learning_rate_grows_with_the_global_batch_if_asked(scaling, expected):
-    optimizer = build_optimizer(torch.nn.Linear(2, 2), 1024, lr=0.1, lr_scaling=scaling, lr_base_size=256)
+    optimizer = build_optimizer(
+        torch.nn.Linear(2, 2), OptimizerSettings(lr=0.1, lr_scaling=scaling, lr_base_size=256), 1024
+    )
     assert {group["lr"] for group in optimizer.param_groups} == {expected}
 
 
 def test_without_a_limit_the_norm_is_taken_and_no_gradient_is_written():
-    model = build_model(name="contextual_convnext_atto", num_classes=3)
+    model = build_model(ModelSettings(name="contextual_convnext_atto", num_classes=3))
     for parameter in list(model.parameters())[:-1]:  # one without a gradient
         parameter.grad = torch.randn_like(parameter)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -161,7 +170,7 @@ def test_without_a_limit_the_norm_is_taken_and_no_gradient_is_written():
 def test_gradients_are_clipped_in_three_ways():
     def clipped(limit, mode):
         torch.manual_seed(0)
-        model = build_model(name="convnext_atto", num_classes=3)
+        model = build_model(ModelSettings(name="convnext_atto", num_classes=3))
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
         before = {name: p.grad.clone() for name, p in model.named_parameters()}

@@ -6,6 +6,7 @@ import torch
 
 from contextual_cnn.checkpoint import write_checkpoint
 from contextual_cnn.models import build_model
+from contextual_cnn.settings.model import ModelSettings
 from tests.conftest import wake_up
 
 CLASSES = ("n01440764", "n01443537", *(f"kind {i}" for i in range(10)))
@@ -23,7 +24,7 @@ def write_run(folder: Path, name: str = "contextual_convnext_atto", **options) -
     """Writes folder/checkpoints/best.pt; returns the model in it, every block of which counts."""
     torch.manual_seed(0)
     config = {"name": name, "num_classes": len(CLASSES), **options}
-    model = wake_up(build_model(**config)).eval()
+    model = wake_up(build_model(ModelSettings(**config))).eval()
     for block in model.modules():
         if getattr(block, "gamma", None) is not None:
             torch.nn.init.ones_(block.gamma)  # layer scale, 1e-6 at first

@@ -9,10 +9,12 @@ import sys
 import pytest
 import torch
 
-from contextual_cnn.data import Augmentation, ImageData
+from contextual_cnn.data.image_data import ImageData
 from contextual_cnn.data.sampler import BatchPlan
 from contextual_cnn.distributed import World
 from contextual_cnn.errors import run_script
+from contextual_cnn.settings.augment import AugmentSettings
+from contextual_cnn.settings.data import DataSettings
 from scripts import check_data
 from tests.conftest import small_run
 from tests.data.layouts import LAYOUTS, write_layout
@@ -72,11 +74,11 @@ def test_bad_images_are_found_and_training_runs_without_them(damaged, check, tmp
         assert f"bad: {entry['name']}: {entry['reason']}" in printed
         assert entry["name"] in exclude.read_text().splitlines()
 
-    data = ImageData(root=str(root), exclude=str(exclude), image_size=32, threads=1)
+    data = ImageData(DataSettings(root=str(root), exclude=str(exclude), image_size=32, threads=1))
     assert (len(data.sources["train"]), len(data.sources["val"])) == (45, 17)
     world = World(0, 1, 0, torch.device("cpu"))
     plan = BatchPlan.make(images=45, global_batch=15, micro_batch=15, world_size=1)
-    batches = data.train_batches(plan, Augmentation(), 0, world, 0)
+    batches = data.train_batches(plan, AugmentSettings(), 0, world, 0)
     assert sum(len(next(batches).images) for _ in range(3)) == 45
     assert sum(len(batch.images) for batch in data.evaluation_batches(world)) == 17
 
@@ -151,4 +153,4 @@ def test_images_are_named_whatever_they_are_called_and_whatever_the_terminal_kno
     assert len([line for line in printed.splitlines() if line.startswith("bad: ")]) == 3
     bad = [entry["name"] for entry in json.loads(output.read_text())["splits"]["train"]["bad"]]
     assert bad == [r"train/class_0/a\nbad: forged.jpg", r"train/class_0/caf\xe9.jpg", "train/class_0/ü.jpg"]
-    assert len(ImageData(root=str(root), exclude=str(exclude)).sources["train"]) == 48
+    assert len(ImageData(DataSettings(root=str(root), exclude=str(exclude))).sources["train"]) == 48

@@ -2,6 +2,7 @@
 
 from contextual_cnn.analysis.cost import count_cost
 from contextual_cnn.models import build_model
+from contextual_cnn.settings.model import ModelSettings
 
 # Twin, peers of its size in the paper's table 1, and the top-1 that the paper's text gives for the contextual model
 FAMILIES = {
@@ -28,5 +29,5 @@ def describe_family(twin: str, image_size: int = 224, num_classes: int = 1000) -
 
 
 def _describe(name: str, image_size: int, num_classes: int) -> dict:
-    model = build_model(name=name, num_classes=num_classes)
+    model = build_model(ModelSettings(name=name, num_classes=num_classes))
     return {"model": name, **count_cost(model, image_size)._asdict(), "paper_top1": None}

@@ -14,9 +14,9 @@ from contextual_cnn.data.bad_images import BadImage
 from contextual_cnn.data.image_check import decode_rgb
 from contextual_cnn.data.on_device import normalise
 from contextual_cnn.data.reader import read_image
-from contextual_cnn.data.resize import Interpolation
 from contextual_cnn.data.sources import ImageSource
 from contextual_cnn.errors import UserError
+from contextual_cnn.settings.data import DataSettings
 from contextual_cnn.text import printable
 
 
@@ -36,26 +36,17 @@ class Images(NamedTuple):
 
 
 class ImageMaker:
-    """Makes images as timm's evaluation does.
+    """Makes images as timm's evaluation does."""
 
-    Args:
-        image_size, crop_pct, interpolation, mean, std: see `ImageData`.
-    """
-
-    def __init__(
-        self,
-        image_size: int,
-        crop_pct: float,
-        interpolation: Interpolation,
-        mean: Sequence[float],
-        std: Sequence[float],
-        device: torch.device,
-    ) -> None:
+    def __init__(self, settings: DataSettings, device: torch.device) -> None:
         # For its prefetching loader timm gives the pixels, which is what the figures show
         self._transform = create_transform(
-            image_size, interpolation=interpolation, crop_pct=crop_pct, use_prefetcher=True
+            settings.image_size,
+            interpolation=settings.interpolation,
+            crop_pct=settings.crop_pct,
+            use_prefetcher=True,
         )
-        self._mean, self._std, self._device = mean, std, device
+        self._mean, self._std, self._device = settings.mean, settings.std, device
 
     def from_files(self, paths: Sequence[Path], classes: Sequence[str]) -> Images:
         """A file's class is the name of the folder that it is in, if that is a class."""

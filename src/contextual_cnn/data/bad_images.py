@@ -35,16 +35,12 @@ class BadImages:
 
     Args:
         policy: "skip" goes on until there are more than `limit` of them; "stop" ends with the first.
-
-    Attributes:
-        replaced: training images delivered in place of others.
     """
 
     def __init__(self, policy: Literal["skip", "stop"], limit: int) -> None:
         self._policy, self._limit = policy, limit
         self._names: set[str] = set()
         self._lock = threading.Lock()
-        self.replaced = 0
 
     def report(self, bad: BadImage) -> None:
         """Names an image in the log, once.
@@ -66,11 +62,6 @@ class BadImages:
                 f"see to the disk; {_FIX}; or raise data.max_bad_images",
             )
         log.warning("the image %s cannot be used: %s (bad images so far: %d)", bad.name, bad.reason, count)
-
-    def take_replaced(self) -> int:
-        """`replaced` since the last call."""
-        replaced, self.replaced = self.replaced, 0
-        return replaced
 
 
 def first_usable(

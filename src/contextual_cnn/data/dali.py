@@ -6,28 +6,29 @@ Evaluation gives the crop that timm's transform gives (resize in integers, centr
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
 
 import numpy as np
 import torch
 
 from contextual_cnn.contracts import Batch
-from contextual_cnn.data.augmentation import ATTEMPTS, Augmentation, draw
+from contextual_cnn.data.augmentation import ATTEMPTS, Augmentation
 from contextual_cnn.data.bad_images import BadImages, blank_if_bad, first_usable
 from contextual_cnn.data.on_device import augment, normalise
 from contextual_cnn.data.randaugment.policy import fill_color
-from contextual_cnn.data.resize import BatchResize, Interpolation
+from contextual_cnn.data.resize import BatchResize
 from contextual_cnn.data.sampler import TrainSampler, evaluation_batches
 from contextual_cnn.data.sources import ImageSource
+from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError
+from contextual_cnn.settings.augment import AugmentSettings
+from contextual_cnn.settings.data import DataSettings, Interpolation
 
 try:
     from nvidia.dali import Pipeline, fn, pipeline_def, types
     from nvidia.dali import math as dali_math
     from nvidia.dali.data_node import DataNode
 
-    from contextual_cnn.data.dali_feed import Feed
-    from contextual_cnn.data.dali_feed import batches as feed_batches
+    from contextual_cnn.data.dali_feed import Feed, Use
     from contextual_cnn.data.randaugment import dali_ops
 except ImportError as error:
     raise UserError(
@@ -49,66 +50,27 @@ def train_batches(
     sampler: TrainSampler,
     augmentation: Augmentation,
     bad: BadImages,
-    *,
-    image_size: int,
-    interpolation: Interpolation,
-    mean: Sequence[float],
-    std: Sequence[float],
-    threads: int,
-    prefetch: int,
-    randaugment_on: Literal["loader", "device"],
+    settings: DataSettings,
     device: torch.device,
 ) -> Iterator[Batch]:
     """One rank's endless batches; images (B, 3, size, size) float32 channels_last, targets (B,).
 
     Args:
-        randaugment_on: "device" takes DALI's images as uint8 and augments and normalises them afterwards.
+        settings: randaugment_on "device" takes DALI's images as uint8 and augments and normalises them afterwards.
     """
-    policy = augmentation.policy
-    on_device = policy is not None and randaugment_on == "device"
-    executor = _executor(threads, prefetch, device)
+    feed = _TrainFeed(images, sampler, augmentation, bad, settings, device)
+    batches = feed.batches(device)
+    return _finished_on_device(batches, sampler, augmentation, settings) if feed.finishes_on_device else batches
 
-    def decodes(encoded: list[np.ndarray], n: int, places: Sequence[int]) -> bool:
-        draws = draw(augmentation, sampler.seed, sampler[n])
-        crops = [numbers[list(places)] for numbers in (draws.height, draws.width, draws.place)]
-        pipeline = _crops_alone(
-            lambda: (encoded, *crops), ratio=augmentation.ratio, on=device.type, batch_size=len(encoded), **executor
-        )
-        return _runs(pipeline)
 
-    feed = Feed(
-        images,
-        indices_of=lambda n: sampler[n].indices,
-        fill=lambda n, i, use: first_usable(sampler.candidates(n, i), use, bad.report),
-        decodes=decodes,
-    )
-
-    def build(first: int) -> Pipeline:
-        def source(info: types.BatchInfo) -> tuple:
-            n = first + info.iteration
-            draws = draw(augmentation, sampler.seed, sampler[n])
-            crop = (*feed[n], draws.height, draws.width, draws.place)
-            if on_device:
-                return crop
-            return (*crop, draws.flip, *(dali_ops.inputs(draws.ops, image_size) if draws.ops is not None else ()))
-
-        return _train_pipeline(
-            source,
-            ratio=augmentation.ratio,
-            image_size=image_size,
-            layers=policy.layers if policy is not None else 0,
-            fill=fill_color(mean),
-            interpolation=interpolation,
-            ops_interpolation=augmentation.interpolation,
-            normalisation=_normalise_arguments(mean, std) if not on_device else None,
-            on=device.type,
-            batch_size=sampler.plan.micro_batch,
-            **executor,
-        )
-
-    for n, (batch, replaced) in enumerate(feed_batches(feed, build, device)):
-        bad.replaced += replaced
-        yield _finish_on_device(batch, n, sampler, augmentation, mean, std) if on_device else batch
+def _finished_on_device(
+    batches: Iterator[Batch], sampler: TrainSampler, augmentation: Augmentation, settings: DataSettings
+) -> Iterator[Batch]:
+    """uint8 images as they were cropped -> what the other pipeline gives, by torch on the images' device."""
+    for n, batch in enumerate(batches):
+        draws, fill = augmentation.draw(sampler[n]), fill_color(settings.mean)
+        pixels = augment(batch.images, draws, fill=fill, interpolation=augmentation.settings.interpolation)
+        yield batch._replace(images=normalise(pixels, settings.mean, settings.std))
 
 
 class EvaluationBatches:
@@ -117,80 +79,125 @@ class EvaluationBatches:
     The pipeline is built once. It runs ahead into the next pass, so that one starts with its first batches ready.
     """
 
-    def __init__(
-        self,
-        images: ImageSource,
-        bad: BadImages,
-        *,
-        rank: int,
-        world_size: int,
-        batch_size: int,
-        image_size: int,
-        crop_pct: float,
-        interpolation: Interpolation,
-        mean: Sequence[float],
-        std: Sequence[float],
-        threads: int,
-        prefetch: int,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, images: ImageSource, bad: BadImages, settings: DataSettings, world: World) -> None:
         self.images = len(images)
-        shares = list(evaluation_batches(len(images), batch_size, rank, world_size))
+        shares = list(evaluation_batches(len(images), settings.eval_batch_size, world.rank, world.size))
         self._batches_per_pass = len(shares)
-        if not shares:  # more ranks than images
-            return
-
-        executor = _executor(threads, prefetch, device)
-
-        def indices_of(number: int) -> np.ndarray:
-            return shares[number % len(shares)]
-
-        feed = Feed(
-            images,
-            indices_of=indices_of,
-            fill=lambda number, i, use: blank_if_bad(int(indices_of(number)[i]), use, _BLANK, bad.report),
-            decodes=lambda encoded, *_: _runs(
-                _decoder_alone(lambda: encoded, on=device.type, batch_size=len(encoded), **executor)
-            ),
-        )
-
-        def build(first: int) -> Pipeline:
-            return _evaluation_pipeline(
-                lambda info: feed[first + info.iteration],
-                image_size=image_size,
-                resize_size=int(image_size / crop_pct),
-                interpolation=interpolation,
-                normalisation=_normalise_arguments(mean, std),
-                on=device.type,
-                batch_size=batch_size,
-                **executor,
-            )
-
-        self._batches = feed_batches(feed, build, device)
+        if shares:  # there may be more ranks than images
+            self._batches = _EvaluationFeed(images, shares, bad, settings, world.device).batches(world.device)
 
     def __iter__(self) -> Iterator[Batch]:
         """One pass. It must be read to its end, or the next one starts in the middle."""
         for _ in range(self._batches_per_pass):
-            batch, _ = next(self._batches)
-            yield batch
+            yield next(self._batches)
+
+
+class _TrainFeed(Feed):
+    """The micro-batches of a sampler; a substitute takes the place of an image that cannot be used."""
+
+    def __init__(
+        self,
+        images: ImageSource,
+        sampler: TrainSampler,
+        augmentation: Augmentation,
+        bad: BadImages,
+        settings: DataSettings,
+        device: torch.device,
+    ) -> None:
+        super().__init__(images)
+        self._sampler, self._augmentation, self._bad = sampler, augmentation, bad
+        self._settings, self._device = settings, device
+        self.finishes_on_device = augmentation.policy is not None and settings.randaugment_on == "device"
+
+    def indices(self, number: int) -> np.ndarray:
+        return self._sampler[number].indices
+
+    def take(self, number: int, i: int, use: Use) -> tuple[int | None, np.ndarray]:
+        return first_usable(self._sampler.candidates(number, i), use, self._bad.report)
+
+    def decodes(self, encoded: list[np.ndarray], number: int, places: Sequence[int]) -> bool:
+        draws = self._augmentation.draw(self._sampler[number])
+        crops = [numbers[list(places)] for numbers in (draws.height, draws.width, draws.place)]
+        return _runs(
+            _crops_alone(
+                lambda: (encoded, *crops),
+                ratio=self._augmentation.settings.ratio,
+                on=self._device.type,
+                batch_size=len(encoded),
+                **_executor(self._settings, self._device),
+            )
+        )
+
+    def pipeline(self, first: int) -> Pipeline:
+        policy, settings = self._augmentation.policy, self._settings
+        return _train_pipeline(
+            lambda info: self._inputs(first + info.iteration),
+            settings,
+            self._augmentation.settings,
+            layers=policy.layers if policy is not None else 0,
+            crops_alone=self.finishes_on_device,
+            on=self._device.type,
+            batch_size=self._sampler.plan.micro_batch,
+            **_executor(settings, self._device),
+        )
+
+    def _inputs(self, number: int) -> tuple:
+        """What the pipeline's source hands over."""
+        draws = self._augmentation.draw(self._sampler[number])
+        crop = (*self.encoded(number), draws.height, draws.width, draws.place)
+        if self.finishes_on_device:
+            return crop
+        ops = dali_ops.inputs(draws.ops, self._settings.image_size) if draws.ops is not None else ()
+        return (*crop, draws.flip, *ops)
+
+
+class _EvaluationFeed(Feed):
+    """One rank's share of a split, pass after pass; a blank takes the place of an image that cannot be used."""
+
+    def __init__(
+        self,
+        images: ImageSource,
+        shares: Sequence[np.ndarray],
+        bad: BadImages,
+        settings: DataSettings,
+        device: torch.device,
+    ) -> None:
+        super().__init__(images)
+        self._shares, self._bad, self._settings, self._device = shares, bad, settings, device
+
+    def indices(self, number: int) -> np.ndarray:
+        return self._shares[number % len(self._shares)]
+
+    def take(self, number: int, i: int, use: Use) -> tuple[int | None, np.ndarray]:
+        return blank_if_bad(int(self.indices(number)[i]), use, _BLANK, self._bad.report)
+
+    def decodes(self, encoded: list[np.ndarray], number: int, places: Sequence[int]) -> bool:
+        executor = _executor(self._settings, self._device)
+        return _runs(_decoder_alone(lambda: encoded, on=self._device.type, batch_size=len(encoded), **executor))
+
+    def pipeline(self, first: int) -> Pipeline:
+        return _evaluation_pipeline(
+            lambda info: self.encoded(first + info.iteration),
+            self._settings,
+            on=self._device.type,
+            batch_size=self._settings.eval_batch_size,
+            **_executor(self._settings, self._device),
+        )
 
 
 @pipeline_def(enable_conditionals=True)
 def _train_pipeline(
     source: Callable,
+    settings: DataSettings,
+    augment: AugmentSettings,
     *,
-    ratio: Sequence[float],
-    image_size: int,
     layers: int,
-    fill: tuple[int, ...],
-    interpolation: Interpolation,
-    ops_interpolation: str,
-    normalisation: dict | None,
+    crops_alone: bool,
     on: str,
 ) -> tuple[DataNode, DataNode]:
-    """Without `normalisation` the images stay uint8, neither augmented nor flipped."""
+    """With `crops_alone` the images stay uint8, neither augmented nor flipped."""
     inputs = list(_CROP_INPUTS)
-    if normalisation is not None:
+    if not crops_alone:
         inputs += [_FLIP_INPUT, *(dali_ops.INPUTS if layers else ())]
     encoded, target, heights, widths, place, *drawn = fn.external_source(
         source,
@@ -200,53 +207,40 @@ def _train_pipeline(
         dtype=[dtype for dtype, _ in inputs],
         ndim=[ndim for _, ndim in inputs],
     )
-    images = _decode_crop(encoded, heights, widths, place, ratio, on)
-    images = _resize(images, types.Constant([image_size, image_size], dtype=types.FLOAT), interpolation, on)
-    if normalisation is not None:
+    size = settings.image_size
+    images = _decode_crop(encoded, heights, widths, place, augment.ratio, on)
+    images = _resize(images, types.Constant([size, size], dtype=types.FLOAT), settings.interpolation, on)
+    if not crops_alone:
         flip, *ops = drawn
         if layers:
+            fill = fill_color(settings.mean)
             images = dali_ops.apply_ops(
-                images, ops, layers, size=image_size, fill=fill, interpolation=ops_interpolation, on=on
+                images, ops, layers, size=size, fill=fill, interpolation=augment.interpolation, on=on
             )
-        images = fn.crop_mirror_normalize(images, mirror=flip, **normalisation)
+        images = fn.crop_mirror_normalize(images, mirror=flip, **_normalise_arguments(settings))
     return images, target
 
 
-def _finish_on_device(
-    batch: Batch,
-    n: int,
-    sampler: TrainSampler,
-    augmentation: Augmentation,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Batch:
-    """uint8 images as they were cropped -> what the other pipeline gives, by torch on the images' device."""
-    draws = draw(augmentation, sampler.seed, sampler[n])
-    images = augment(batch.images, draws, fill=fill_color(mean), interpolation=augmentation.interpolation)
-    return Batch(normalise(images, mean, std), batch.targets)
-
-
 @pipeline_def
-def _evaluation_pipeline(
-    source: Callable, *, image_size: int, resize_size: int, interpolation: Interpolation, normalisation: dict, on: str
-) -> tuple[DataNode, DataNode]:
+def _evaluation_pipeline(source: Callable, settings: DataSettings, *, on: str) -> tuple[DataNode, DataNode]:
     encoded, target = fn.external_source(
         source, num_outputs=2, batch=True, batch_info=True, dtype=[types.UINT8, types.INT64], ndim=[1, 0]
     )
     height, width = _size_of(encoded)
     # torchvision truncates the longer side to an integer; DALI's own resize_shorter keeps its fraction
+    size, resize_size = settings.image_size, int(settings.image_size / settings.crop_pct)
     shorter = dali_math.min(height, width)
     resized = [dali_math.floor(side * float(resize_size) / shorter) for side in (height, width)]
-    start = [_half_to_even(side - float(image_size)) for side in resized]
+    start = [_half_to_even(side - float(size)) for side in resized]
     images = fn.decoders.image(encoded, **_decoder_arguments(on))
-    images = _resize(images, fn.stack(*resized), interpolation, on)
+    images = _resize(images, fn.stack(*resized), settings.interpolation, on)
     images = fn.slice(
         images,
         start=fn.cast(fn.stack(*start), dtype=types.INT32),
-        shape=[image_size, image_size],
+        shape=[size, size],
         axis_names="HW",
     )
-    return fn.crop_mirror_normalize(images, **normalisation), target
+    return fn.crop_mirror_normalize(images, **_normalise_arguments(settings)), target
 
 
 @pipeline_def
@@ -375,20 +369,20 @@ def _decoder_arguments(on: str) -> dict:
     return arguments | {"jpeg_fancy_upsampling": True} if on == "cuda" else arguments
 
 
-def _normalise_arguments(mean: Sequence[float], std: Sequence[float]) -> dict:
+def _normalise_arguments(settings: DataSettings) -> dict:
     """HWC out: the (B, C, H, W) view of it is channels_last without a copy."""
     return dict(
-        mean=[255 * value for value in mean],
-        std=[255 * value for value in std],
+        mean=[255 * value for value in settings.mean],
+        std=[255 * value for value in settings.std],
         output_layout="HWC",
         dtype=types.FLOAT,
     )
 
 
-def _executor(threads: int, prefetch: int, device: torch.device) -> dict:
+def _executor(settings: DataSettings, device: torch.device) -> dict:
     return dict(
-        num_threads=threads,
+        num_threads=settings.threads,
         # None, not -1: the CPU pipelines need no driver
         device_id=device.index if device.type == "cuda" else None,
-        prefetch_queue_depth=prefetch,
+        prefetch_queue_depth=settings.prefetch,
     )

@@ -6,6 +6,7 @@ failed are suspects, tried each time before they are handed over. Good images co
 a function of its number, the batches are those of a pipeline that never failed.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -22,86 +23,88 @@ from contextual_cnn.data.reader import BatchReader, read_image
 from contextual_cnn.data.sources import ImageSource
 from contextual_cnn.data.transfer import to_device
 
+# An image's number -> its bytes; raises BadImage
+Use = Callable[[int], np.ndarray]
 
-class Feed:
-    """Numbered batches of encoded images and their targets.
 
-    Args:
-        indices_of: a batch's number -> the images that belong there.
-        fill: (number, place in the batch, use) -> the image that is taken, None for a blank, and what `use` makes of
-            it. `use` raises BadImage.
-        decodes: (encoded images, number, their places in the batch) -> whether DALI decodes them, all of them.
-    """
+class Feed(ABC):
+    """Numbered batches of encoded images and their targets, and the pipeline that makes tensors of them."""
 
-    def __init__(
-        self,
-        images: ImageSource,
-        *,
-        indices_of: Callable[[int], np.ndarray],
-        fill: Callable[[int, int, Callable[[int], np.ndarray]], tuple[int | None, np.ndarray]],
-        decodes: Callable[[list[np.ndarray], int, Sequence[int]], bool],
-    ) -> None:
-        self._images, self._fill, self._decodes = images, fill, decodes
-        self._indices_of = indices_of
+    def __init__(self, images: ImageSource) -> None:
+        self.images = images
         self._suspects: set[int] = set()
-        self._reader = BatchReader(indices_of, self._read)
+        self._reader = BatchReader(self.indices, self._read)
         self._taken: dict[int, list[tuple[int | None, np.ndarray]]] = {}  # handed over, not delivered
 
-    def __getitem__(self, number: int) -> tuple[list[np.ndarray], np.ndarray]:
+    @abstractmethod
+    def indices(self, number: int) -> np.ndarray:
+        """The images that belong to a batch."""
+
+    @abstractmethod
+    def take(self, number: int, i: int, use: Use) -> tuple[int | None, np.ndarray]:
+        """The image that is taken for a place in a batch, None for a blank, and what `use` makes of it.
+
+        `use` raises BadImage.
+        """
+
+    @abstractmethod
+    def decodes(self, encoded: list[np.ndarray], number: int, places: Sequence[int]) -> bool:
+        """Whether DALI decodes all of these images at their places in a batch."""
+
+    @abstractmethod
+    def pipeline(self, first: int) -> Any:
+        """The pipeline that begins with a batch."""
+
+    def encoded(self, number: int) -> tuple[list[np.ndarray], np.ndarray]:
         """(bytes,) uint8 of each image, and (B,) int64 targets; the numbers rise one by one."""
         self._taken[number] = taken = self._reader[number]
-        targets = [COUNTS_AS_WRONG if index is None else self._images.targets[index] for index, _ in taken]
+        targets = [COUNTS_AS_WRONG if index is None else self.images.targets[index] for index, _ in taken]
         return [encoded for _, encoded in taken], np.array(targets, dtype=np.int64)
 
-    def deliver(self, number: int) -> int:
+    def batches(self, device: torch.device) -> Iterator[Batch]:
+        """Endless batches on the device."""
+        number = 0
+        while True:
+            try:
+                for images, targets in _iterate(self.pipeline(number), device):
+                    number += 1
+                    yield Batch(images, targets, self._deliver(number - 1))
+            except RuntimeError:
+                if not self._find_suspects():
+                    raise
+
+    def _deliver(self, number: int) -> int:
         """Called when a batch has come out of the pipeline; how many of its images are not those that belong there."""
-        wanted = self._indices_of(number).tolist()
+        wanted = self.indices(number).tolist()
         return sum(index != belongs for (index, _), belongs in zip(self._taken.pop(number), wanted, strict=True))
 
-    def find_suspects(self) -> bool:
+    def _find_suspects(self) -> bool:
         """Tries what was handed over and not delivered, and takes it back; whether anything new does not decode."""
         known = len(self._suspects)
         for number, taken in self._taken.items():
-            if not self._decodes([encoded for _, encoded in taken], number, range(len(taken))):
+            if not self.decodes([encoded for _, encoded in taken], number, range(len(taken))):
                 self._suspects |= {
                     index
                     for i, (index, encoded) in enumerate(taken)
-                    if index is not None and not self._decodes([encoded], number, [i])
+                    if index is not None and not self.decodes([encoded], number, [i])
                 }
         self._taken.clear()
         self._reader.forget()
         return len(self._suspects) > known
 
     def _read(self, number: int, i: int, _: int) -> tuple[int | None, np.ndarray]:
-        return self._fill(number, i, partial(self._use, number, i))
+        return self.take(number, i, partial(self._use, number, i))
 
     def _use(self, number: int, i: int, index: int) -> np.ndarray:
-        encoded = read_image(self._images, index)
+        encoded = read_image(self.images, index)
         as_array = np.frombuffer(encoded, np.uint8)
-        if index in self._suspects and not self._decodes([as_array], number, [i]):
-            name = self._images.name(index)
+        if index in self._suspects and not self.decodes([as_array], number, [i]):
+            name = self.images.name(index)
             raise BadImage(name, _why_not(encoded, name))
         return as_array
 
 
-def batches(feed: Feed, build: Callable[[int], Any], device: torch.device) -> Iterator[tuple[Batch, int]]:
-    """Endless batches on the device, and of each how many of its images are not those that belong there.
-
-    Args:
-        build: makes the pipeline that begins with a batch.
-    """
-    number = 0
-    while True:
-        try:
-            for batch in _iterate(build(number), device):
-                number += 1
-                yield batch, feed.deliver(number - 1)
-        except RuntimeError:
-            if not feed.find_suspects():
-                raise
-
-
-def _iterate(pipeline: Any, device: torch.device) -> Iterator[Batch]:
+def _iterate(pipeline: Any, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """The sources never stop, so DALI's own epoch arithmetic plays no part."""
     iterator = DALIGenericIterator(
         [pipeline], ["images", "targets"], size=-1, auto_reset=False, prepare_first_batch=False
@@ -109,7 +112,7 @@ def _iterate(pipeline: Any, device: torch.device) -> Iterator[Batch]:
     for (output,) in iterator:
         images: Tensor = output["images"].permute(0, 3, 1, 2)
         targets = to_device(output["targets"].view(-1), device)
-        yield Batch(images, targets)
+        yield images, targets
 
 
 def _why_not(encoded: bytes, name: str) -> str:

@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Literal
 
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-Interpolation = Literal["bicubic", "bilinear"]  # what timm's pretrained_cfg may name
+from contextual_cnn.settings.data import Interpolation
 
 _PART = 4  # images that a thread takes at a time
 

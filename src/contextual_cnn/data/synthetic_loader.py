@@ -13,7 +13,9 @@ from contextual_cnn.data.bad_images import BadImages
 from contextual_cnn.data.sampler import TrainSampler, evaluation_batches
 from contextual_cnn.data.sources import ImageSource
 from contextual_cnn.data.transfer import to_device
+from contextual_cnn.distributed import World
 from contextual_cnn.randomness import Purpose, generator
+from contextual_cnn.settings.data import DataSettings
 
 
 def train_batches(
@@ -21,13 +23,11 @@ def train_batches(
     sampler: TrainSampler,
     augmentation: object,
     bad: BadImages,
-    *,
-    image_size: int,
+    settings: DataSettings,
     device: torch.device,
-    **_: object,
 ) -> Iterator[Batch]:
     """As `dali.train_batches`; the targets are the images' own."""
-    noise = _noise(sampler.plan.micro_batch, image_size, device)
+    noise = _noise(sampler.plan.micro_batch, settings.image_size, device)
     n = 0
     while True:
         targets = to_device(images.targets[sampler[n].indices], device)
@@ -39,22 +39,11 @@ def train_batches(
 class EvaluationBatches:
     """As `dali.EvaluationBatches`."""
 
-    def __init__(
-        self,
-        images: ImageSource,
-        bad: BadImages,
-        *,
-        rank: int,
-        world_size: int,
-        batch_size: int,
-        image_size: int,
-        device: torch.device,
-        **_: object,
-    ) -> None:
+    def __init__(self, images: ImageSource, bad: BadImages, settings: DataSettings, world: World) -> None:
         self.images = len(images)
-        self._targets, self._device = images.targets, device
-        self._shares = list(evaluation_batches(len(images), batch_size, rank, world_size))
-        self._noise = _noise(batch_size, image_size, device)
+        self._targets, self._device = images.targets, world.device
+        self._shares = list(evaluation_batches(len(images), settings.eval_batch_size, world.rank, world.size))
+        self._noise = _noise(settings.eval_batch_size, settings.image_size, world.device)
 
     def __iter__(self) -> Iterator[Batch]:
         for share in self._shares:

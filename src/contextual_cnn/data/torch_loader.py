@@ -9,7 +9,7 @@ import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import count
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,18 +19,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from contextual_cnn.contracts import Batch
-from contextual_cnn.data.augmentation import Augmentation, Draws, crop_box, draw
+from contextual_cnn.data.augmentation import Augmentation, Draws, crop_box
 from contextual_cnn.data.bad_images import COUNTS_AS_WRONG, BadImage, BadImages, blank_if_bad, first_usable
 from contextual_cnn.data.image_check import describe, open_image
 from contextual_cnn.data.on_device import augment, normalise
 from contextual_cnn.data.randaugment import pil_ops
 from contextual_cnn.data.randaugment.policy import Op, fill_color
 from contextual_cnn.data.reader import read_image
-from contextual_cnn.data.resize import Interpolation, resize
+from contextual_cnn.data.resize import resize
 from contextual_cnn.data.sampler import TrainSampler, evaluation_batches
 from contextual_cnn.data.sources import ImageSource
 from contextual_cnn.data.transfer import to_device
+from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError
+from contextual_cnn.settings.data import DataSettings
 
 
 def train_batches(
@@ -38,62 +40,42 @@ def train_batches(
     sampler: TrainSampler,
     augmentation: Augmentation,
     bad: BadImages,
-    *,
-    image_size: int,
-    interpolation: Interpolation,
-    mean: Sequence[float],
-    std: Sequence[float],
-    threads: int,
-    prefetch: int,
-    randaugment_on: Literal["loader", "device"],
+    settings: DataSettings,
     device: torch.device,
 ) -> Iterator[Batch]:
-    """As `dali.train_batches`. threads: worker processes."""
-    on_device = augmentation.policy is not None and randaugment_on == "device"
-    fill = fill_color(mean)
-    workers_fill = None if on_device else fill
-    make = partial(_make_training_batch, images, sampler, augmentation, image_size, interpolation, workers_fill)
-    loader = _loader(make, count(), threads, prefetch, device)
+    """As `dali.train_batches`. The threads are worker processes."""
+    on_device = augmentation.policy is not None and settings.randaugment_on == "device"
+    fill = fill_color(settings.mean)
+    make = partial(_make_training_batch, images, sampler, augmentation, settings, None if on_device else fill)
+    loader = _loader(make, count(), settings, device)
     for n, (pixels, targets, replaced) in enumerate(_on_device(loader, bad, device)):
         if on_device:
-            draws = draw(augmentation, sampler.seed, sampler[n])
-            pixels = augment(pixels, draws, fill=fill, interpolation=augmentation.interpolation)
-        bad.replaced += replaced
-        yield Batch(normalise(pixels, mean, std), targets)
+            draws, interpolation = augmentation.draw(sampler[n]), augmentation.settings.interpolation
+            pixels = augment(pixels, draws, fill=fill, interpolation=interpolation)
+        yield Batch(normalise(pixels, settings.mean, settings.std), targets, replaced)
 
 
 class EvaluationBatches:
     """As `dali.EvaluationBatches`, by timm's own transform."""
 
-    def __init__(
-        self,
-        images: ImageSource,
-        bad: BadImages,
-        *,
-        rank: int,
-        world_size: int,
-        batch_size: int,
-        image_size: int,
-        crop_pct: float,
-        interpolation: Interpolation,
-        mean: Sequence[float],
-        std: Sequence[float],
-        threads: int,
-        prefetch: int,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, images: ImageSource, bad: BadImages, settings: DataSettings, world: World) -> None:
         self.images = len(images)
-        shares = list(evaluation_batches(len(images), batch_size, rank, world_size))
+        shares = list(evaluation_batches(len(images), settings.eval_batch_size, world.rank, world.size))
         # For its prefetching loader timm leaves the normalisation to the device; so do we
-        transform = create_transform(image_size, interpolation=interpolation, crop_pct=crop_pct, use_prefetcher=True)
+        transform = create_transform(
+            settings.image_size,
+            interpolation=settings.interpolation,
+            crop_pct=settings.crop_pct,
+            use_prefetcher=True,
+        )
         make = partial(_make_evaluation_batch, images, shares, transform)
-        self._mean, self._std, self._device, self._bad = mean, std, device, bad
-        self._loader = _loader(make, range(len(shares)), threads, prefetch, device)
+        self._settings, self._device, self._bad = settings, world.device, bad
+        self._loader = _loader(make, range(len(shares)), settings, world.device)
 
     def __iter__(self) -> Iterator[Batch]:
         """One pass."""
         for pixels, targets, _ in _on_device(self._loader, self._bad, self._device):
-            yield Batch(normalise(pixels, self._mean, self._std), targets)
+            yield Batch(normalise(pixels, self._settings.mean, self._settings.std), targets)
 
 
 class _Made(NamedTuple):
@@ -109,20 +91,21 @@ def _make_training_batch(
     images: ImageSource,
     sampler: TrainSampler,
     augmentation: Augmentation,
-    size: int,
-    interpolation: Interpolation,
+    settings: DataSettings,
     fill: tuple[int, ...] | None,
     n: int,
 ) -> _Made:
     """Without `fill` the images are neither augmented nor flipped."""
-    batch, replaced = sampler[n], 0
+    batch, replaced, size = sampler[n], 0, settings.image_size
     reports: list[BadImage] = []
-    draws = draw(augmentation, sampler.seed, batch)
+    draws = augmentation.draw(batch)
     pixels = np.empty((len(batch.indices), size, size, 3), np.uint8)
     targets = np.empty(len(batch.indices), np.int64)
     for i, wanted in enumerate(batch.indices):
         index, image = first_usable(sampler.candidates(n, i), partial(_decode, images), reports.append)
-        crop = _crop(image, draws, i, augmentation, size, interpolation)
+        top, left, height, width = crop_box(draws, i, image.height, image.width, augmentation.settings.ratio)
+        crop = np.asarray(image.crop((left, top, left + width, top + height)))
+        crop = resize(crop, size, size, settings.interpolation)
         pixels[i] = crop if fill is None else _augment(crop, draws, i, augmentation, fill)
         targets[i] = images.targets[index]
         replaced += int(index != wanted)
@@ -152,7 +135,7 @@ class _Numbered(Dataset):
 
 
 def _loader(
-    make: Callable[[int], _Made], numbers: Iterable[int], workers: int, prefetch: int, device: torch.device
+    make: Callable[[int], _Made], numbers: Iterable[int], settings: DataSettings, device: torch.device
 ) -> DataLoader:
     # Forked from a server that has no threads: a worker forked from a process that has some (W&B, checkpoints) may
     # wait for ever for a lock that one of them held
@@ -161,8 +144,8 @@ def _loader(
         _Numbered(make),
         sampler=numbers,
         batch_size=None,
-        num_workers=workers,
-        prefetch_factor=prefetch,
+        num_workers=settings.threads or 1,
+        prefetch_factor=settings.prefetch,
         persistent_workers=True,
         multiprocessing_context="forkserver",
         pin_memory=device.type == "cuda",
@@ -200,14 +183,6 @@ def _decode(images: ImageSource, index: int) -> Image.Image:
         raise BadImage(images.name(index), describe(error)) from error
 
 
-def _crop(
-    image: Image.Image, draws: Draws, i: int, augmentation: Augmentation, size: int, interpolation: Interpolation
-) -> np.ndarray:
-    """(size, size, 3) uint8."""
-    top, left, height, width = crop_box(draws, i, image.height, image.width, augmentation.ratio)
-    return resize(np.asarray(image.crop((left, top, left + width, top + height))), size, size, interpolation)
-
-
 def _augment(pixels: np.ndarray, draws: Draws, i: int, augmentation: Augmentation, fill: tuple[int, ...]) -> np.ndarray:
     """RandAugment or color jitter by timm, and the flip."""
     if draws.ops is not None and (draws.ops.op[i] != Op.NONE).any():
@@ -216,7 +191,7 @@ def _augment(pixels: np.ndarray, draws: Draws, i: int, augmentation: Augmentatio
             draws.ops.op[i],
             draws.ops.argument[i],
             fill=fill,
-            interpolation=augmentation.interpolation,
+            interpolation=augmentation.settings.interpolation,
         )
         pixels = np.asarray(image)
     # torch's flip is ten times as fast as to copy from numpy's view

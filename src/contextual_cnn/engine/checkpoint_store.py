@@ -14,8 +14,9 @@ from torch import Tensor
 
 from contextual_cnn.checkpoint import load_checkpoint, step_of, write_checkpoint
 from contextual_cnn.checkpoint_entries import NewerFormat
-from contextual_cnn.distributed import is_main_process
 from contextual_cnn.errors import UserError
+from contextual_cnn.launcher import is_main_process
+from contextual_cnn.settings.checkpoint import CheckpointSettings
 
 log = logging.getLogger(__name__)
 
@@ -28,23 +29,10 @@ class CheckpointStore:
 
     Args:
         folder: created when the run starts.
-        every_epochs: how often `last.pt` is written; always after the last epoch too.
-        every_steps, every_minutes: and inside an epoch; null leaves that out. Looked at when metrics are logged.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        every_epochs: int = 1,
-        every_steps: int | None = None,
-        every_minutes: float | None = 10,
-    ) -> None:
-        for key, value in dict(every_epochs=every_epochs, every_steps=every_steps, every_minutes=every_minutes).items():
-            if value is not None and value <= 0:
-                raise UserError(f"checkpoint.{key} must be above 0, got {value}", f"checkpoint.{key}=1")
-        self.every_epochs = every_epochs
-        self._every_steps, self._every_seconds = every_steps, every_minutes and 60 * every_minutes
+    def __init__(self, folder: Path, settings: CheckpointSettings) -> None:
+        self.settings = settings
         self._files = tuple(folder / f"{name}.pt" for name in ("last", "previous", "best"))
         self.last, self.previous, self.best = self._files
         self.folder = folder
@@ -71,8 +59,8 @@ class CheckpointStore:
         """Whether a state inside an epoch is worth saving now, or one that could not be written is tried again."""
         seconds = time.monotonic() - self._saved_at
         return bool(
-            (self._every_steps and step - self._saved_step >= self._every_steps)
-            or (self._every_seconds and seconds >= self._every_seconds)
+            (self.settings.every_steps and step - self._saved_step >= self.settings.every_steps)
+            or (self.settings.every_minutes and seconds >= 60 * self.settings.every_minutes)
             or (self._failure and seconds >= _RETRY_AFTER)
         )
 

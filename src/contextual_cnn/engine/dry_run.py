@@ -134,9 +134,7 @@ def report(trainer: Trainer, forecast: Forecast, folder: Path, console: Console)
 
 def _measure(trainer: Trainer, steps: int) -> dict[str, float]:
     """The metrics of a few steps after the first, which compiles, tunes and allocates."""
-    batches = trainer.data.train_batches(
-        trainer.plan, trainer.augmentation, trainer.seed, trainer.world, first_step=trainer.step
-    )
+    batches = trainer.data.train_batches(trainer.plan, trainer.augment, trainer.seed, trainer.world, trainer.step)
     trainer.train_step.module.train()
     trainer.train_step(trainer.step, batches)
     trainer.meter.read()

@@ -18,6 +18,7 @@ from contextual_cnn.engine.class_report import ClassReport
 from contextual_cnn.engine.predictions import Predictions
 from contextual_cnn.engine.real_labels import RealAccuracy
 from contextual_cnn.engine.reliability import expected_calibration_error, wilson_interval
+from contextual_cnn.settings.data import DataSettings
 
 # What makes other images, or fewer. All else makes the same images in another way
 _PATHS = ("root", "exclude")
@@ -45,16 +46,13 @@ def figures(
     return report
 
 
-def differing_data(own: Mapping[str, Any], evaluated: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that make other images of `evaluated` than of the run's own data, with their values.
-
-    Args:
-        own, evaluated: data groups of a config.
-    """
-    before, now = ({key: _absolute(data.get(key)) for key in _PATHS} for data in (own, evaluated))
-    before |= {key: own.get(key) for key in _VALUES}
-    now |= {key: evaluated.get(key) for key in _VALUES}
-    noise = {"loader": "synthetic"} if evaluated.get("loader") == "synthetic" else {}
+def differing_data(own: DataSettings, evaluated: DataSettings) -> dict[str, Any]:
+    """The keys that make other images of `evaluated` than of the run's own data, with their values."""
+    before, now = (
+        {key: _absolute(getattr(data, key)) for key in _PATHS} | {key: getattr(data, key) for key in _VALUES}
+        for data in (own, evaluated)
+    )
+    noise = {"loader": "synthetic"} if evaluated.loader == "synthetic" else {}
     return {key: value for key, value in now.items() if value != before[key]} | noise
 
 

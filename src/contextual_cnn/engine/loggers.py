@@ -7,11 +7,12 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from contextual_cnn.engine.own_files import open_own
 from contextual_cnn.engine.wandb_logger import WandbLogger, has_wandb_key
 from contextual_cnn.errors import UserError
+from contextual_cnn.settings.logger import LoggerSettings
 
 log = logging.getLogger(__name__)
 
@@ -99,36 +100,19 @@ class Loggers:
 
 
 def open_loggers(
-    folder: Path,
-    config: dict[str, Any],
-    run_name: str,
-    resumed_step: int,
-    *,
-    wandb: Literal["auto", "online", "offline", "off"] = "auto",
-    project: str = "contextual-cnn",
-    entity: str | None = None,
-    patience: float = 30,
+    folder: Path, settings: LoggerSettings, config: dict[str, Any], run_name: str, resumed_step: int
 ) -> MetricsLogger:
-    """Rank 0's loggers.
-
-    Args:
-        wandb: "auto" is what WANDB_MODE says; without it online where there is an API key (WANDB_API_KEY or
-            `wandb login`) and offline elsewhere; `wandb sync FOLDER/wandb/offline-run-*` sends an offline run later.
-        patience: seconds that the end of the run waits for W&B.
-    """
-    check_key(wandb)
+    """Rank 0's loggers."""
+    check_key(settings)
     lines = JsonLinesLogger(folder / "metrics.jsonl", resumed_step)
-    if wandb == "off":
+    if settings.wandb == "off":
         return lines
-    return Loggers(
-        lines,
-        WandbLogger(folder, config, project=project, entity=entity, run_name=run_name, mode=wandb, patience=patience),
-    )
+    return Loggers(lines, WandbLogger(folder, settings, config, run_name))
 
 
-def check_key(wandb: str | None) -> None:
+def check_key(settings: LoggerSettings) -> None:
     """Raises UserError where an online run was insisted on that cannot be one."""
-    if wandb == "online" and not has_wandb_key():
+    if settings.wandb == "online" and not has_wandb_key():
         raise UserError(
             "logger.wandb=online, but there is no W&B API key",
             "run `wandb login`, or use logger.wandb=offline",

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from contextual_cnn.errors import UserError
+
 
 def open_own(path: Path, flags: int) -> int:
     """A descriptor of a regular file of this very name, made if it is not there.
@@ -42,3 +44,10 @@ def replaced(path: Path) -> Iterator[Path]:
     except BaseException:
         new.unlink(missing_ok=True)
         raise
+
+
+def check_writable(path: Path, key: str) -> None:
+    """Before the work is done rather than after it. Raises UserError, naming the key that asked for the file."""
+    if path.is_dir() or not path.parent.is_dir():
+        reason = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise UserError(f"{key}: {path} cannot be written: {reason}", f"{key}={key}.csv")

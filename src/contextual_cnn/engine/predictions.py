@@ -84,10 +84,3 @@ def _rows(predictions: Predictions, source: ImageSource) -> Iterator[Sequence[st
         pairs = zip(classes, probabilities, strict=True)
         named = [text for c, p in pairs for text in (source.classes[c] if c >= 0 else "", f"{p:.6f}")]
         yield [source.name(index), source.classes[source.targets[index]], *named]
-
-
-def check_writable(path: Path, key: str) -> None:
-    """Before the work is done rather than after it. Raises UserError, naming the key that asked for the file."""
-    if path.is_dir() or not path.parent.is_dir():
-        reason = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
-        raise UserError(f"{key}: {path} cannot be written: {reason}", f"{key}={key}.csv")

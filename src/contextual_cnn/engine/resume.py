@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from contextual_cnn.checkpoint_entries import require_entries
-from contextual_cnn.data.image_data import LATER_KEYS
 from contextual_cnn.data.sampler import BatchPlan
 from contextual_cnn.engine.checkpoint_store import CheckpointStore
 from contextual_cnn.errors import UserError
+from contextual_cnn.settings.data import LATER_KEYS
 
 log = logging.getLogger(__name__)
 

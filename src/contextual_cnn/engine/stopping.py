@@ -9,20 +9,18 @@ Imported before everything that takes time, so this module and what it imports t
 import contextlib
 import ctypes
 import os
-import re
 import signal
 import threading
 import time
 from types import FrameType
 from typing import Any
 
-from contextual_cnn.errors import STOPPED, UserError, report_status
+from contextual_cnn.errors import STOPPED, report_status
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _IMPATIENT_AFTER = 1.0  # seconds; a launcher may pass on a SIGINT that this process has had already
 _PATIENCE = 10.0  # seconds after a signal: for the first step, and for the end of a process that has saved
-_MOST_HOURS = 1000
 
 
 class _Watch(threading.Thread):
@@ -139,24 +137,3 @@ def _hear_nothing() -> None:
     signal.set_wakeup_fd(-1)
     for number in _heard():
         signal.signal(number, signal.SIG_DFL)
-
-
-def seconds_of(max_time: str | float | None) -> float | None:
-    """A time limit in seconds: "3:50:00" or "3:50" (hours first), or a number of hours.
-
-    Raises:
-        UserError: neither of them.
-    """
-    if max_time is None:
-        return None
-    if isinstance(max_time, str):
-        match = re.fullmatch(r"(\d+):([0-5]\d)(?::([0-5]\d))?", max_time)
-        hours = match and sum(int(part or 0) / 60**i for i, part in enumerate(match.groups()))
-    else:
-        hours = max_time  # YAML reads an unquoted 3:50:00 as 13800, its seconds
-    if not hours or not 0 < hours <= _MOST_HOURS:
-        raise UserError(
-            f"trainer.max_time={max_time} is no time limit",
-            "trainer.max_time=3:50:00 (hours:minutes:seconds; quoted in a YAML file) or trainer.max_time=3.8 (hours)",
-        )
-    return 3600 * hours

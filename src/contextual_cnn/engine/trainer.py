@@ -13,20 +13,22 @@ from timm.utils import distribute_bn
 from torch import nn
 
 from contextual_cnn.contracts import by_stage
-from contextual_cnn.data import Augmentation, ImageData
-from contextual_cnn.data.augmentation import BatchAugmentation
+from contextual_cnn.data.image_data import ImageData
+from contextual_cnn.data.mixing import BatchAugmentation
 from contextual_cnn.data.sampler import BatchPlan
 from contextual_cnn.distributed import AnyRank, World, barrier
+from contextual_cnn.engine.autocast import autocast
 from contextual_cnn.engine.checkpoint_store import CheckpointStore
 from contextual_cnn.engine.evaluator import EvaluationStopped, evaluate
 from contextual_cnn.engine.loggers import MetricsLogger
 from contextual_cnn.engine.memory import GrowthWatch, resident_gib
 from contextual_cnn.engine.progress import ProgressDisplay, describe_evaluation
 from contextual_cnn.engine.stopping import StopRequest
-from contextual_cnn.engine.trainer_settings import TrainerSettings
 from contextual_cnn.engine.training_step import TrainingStep
 from contextual_cnn.engine.watchdog import Watchdog
 from contextual_cnn.losses import StagedCrossEntropy
+from contextual_cnn.settings.augment import AugmentSettings
+from contextual_cnn.settings.trainer import TrainerSettings
 
 if TYPE_CHECKING:
     from contextual_cnn.data.dali import EvaluationBatches
@@ -57,7 +59,7 @@ class Trainer:
         schedule: Scheduler,
         epochs: int,
         data: ImageData,
-        augmentation: Augmentation,
+        augment: AugmentSettings,
         plan: BatchPlan,
         seed: int,
         world: World,
@@ -67,7 +69,7 @@ class Trainer:
         state: dict[str, Any] | None,
     ) -> None:
         self.settings, self.world, self.plan, self.seed = settings, world, plan, seed
-        self.data, self.augmentation, self.store = data, augmentation, store
+        self.data, self.augment, self.store = data, augment, store
         self.config, self.listing = config, listing
         whole = epochs * plan.steps_per_epoch
         self.last_step = min(whole, settings.max_steps or whole)
@@ -85,8 +87,7 @@ class Trainer:
             loss=loss,
             optimizer=optimizer,
             schedule=schedule,
-            augment=BatchAugmentation(augmentation, data.num_classes),
-            bad_images=data.bad_images,
+            augment=BatchAugmentation(augment, data.num_classes),
             plan=plan,
             seed=seed,
             world=world,
@@ -113,7 +114,7 @@ class Trainer:
             self.store.wait()  # the run folder is another process's after this
 
     def _fit(self, logger: MetricsLogger, console: Console, request: StopRequest) -> bool:
-        batches = self.data.train_batches(self.plan, self.augmentation, self.seed, self.world, self.step)
+        batches = self.data.train_batches(self.plan, self.augment, self.seed, self.world, self.step)
         val_batches = self.data.evaluation_batches(self.world)
         first_step, any_rank = self.step, AnyRank()
         stopping = False
@@ -186,7 +187,7 @@ class Trainer:
         if self.settings.on_nonfinite == "rollback" and self._roll_back():
             return
         first = self.step - skipped_in_a_row
-        batches = self.data.train_batches(self.plan, self.augmentation, self.seed, self.world, first)
+        batches = self.data.train_batches(self.plan, self.augment, self.seed, self.world, first)
         raise self.train_step.nonfinite_error(first, batches, skipped_in_a_row, self.store.folder.parent / "nonfinite")
 
     def _warn_of_stalls(self, data_wait: float) -> None:
@@ -243,7 +244,7 @@ class Trainer:
             logger.log(self.step, metrics)
         self._ended_step = self.step
         self._memory.look(resident_gib())
-        is_due = is_last or is_best or (self.epoch % self.store.every_epochs == 0 and self._is_sound)
+        is_due = is_last or is_best or (self.epoch % self.store.settings.every_epochs == 0 and self._is_sound)
         if self.world.is_main and is_due:
             self.store.save(self._state(), is_best=is_best)
         self.meter.restart_clock()
@@ -259,13 +260,13 @@ class Trainer:
             # and in a checkpoint: so a run that goes on from one ends with the same bits
             for model in models.values():
                 distribute_bn(model, self.world.size, reduce=False)
-        autocast = self.settings.autocast(self.world.device)
+        precision = autocast(self.settings.precision, self.world.device)
 
         def should_stop() -> bool:
             self._enter("evaluation")
             return request.reason is not None
 
-        reports = evaluate(models, val_batches, val_batches.images, self.world, autocast, should_stop)
+        reports = evaluate(models, val_batches, val_batches.images, self.world, precision, should_stop)
         epoch = -(-self.step // self.plan.steps_per_epoch)  # the one that the step belongs to, counted from 1
         weights = max(reports, key=lambda name: reports[name]["top1"])
         is_best = reports[weights]["top1"] > self.best["top1"]

@@ -12,19 +12,19 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from contextual_cnn.contracts import Batch, StagedLoss, StagedScores
-from contextual_cnn.data.augmentation import BatchAugmentation
-from contextual_cnn.data.bad_images import BadImages
+from contextual_cnn.data.mixing import BatchAugmentation
 from contextual_cnn.data.sampler import BatchPlan
 from contextual_cnn.distributed import World
+from contextual_cnn.engine.autocast import autocast
 from contextual_cnn.engine.guarded_ema import GuardedEma
 from contextual_cnn.engine.memory import out_of_memory
 from contextual_cnn.engine.nonfinite import explain_nonfinite
 from contextual_cnn.engine.train_meter import TrainMeter
-from contextual_cnn.engine.trainer_settings import TrainerSettings
 from contextual_cnn.errors import UserError
 from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.optim import clip_gradients, step_if_finite
 from contextual_cnn.randomness import Purpose, seed_all
+from contextual_cnn.settings.trainer import TrainerSettings
 
 
 class TrainingStep:
@@ -32,7 +32,6 @@ class TrainingStep:
 
     Args:
         model: on the device, without DDP or compilation around it.
-        bad_images: counted in the metrics.
         state: what `state` gave once, or None.
 
     Attributes:
@@ -53,7 +52,6 @@ class TrainingStep:
         optimizer: torch.optim.Optimizer,
         schedule: Scheduler,
         augment: BatchAugmentation,
-        bad_images: BadImages,
         plan: BatchPlan,
         seed: int,
         world: World,
@@ -61,7 +59,7 @@ class TrainingStep:
     ) -> None:
         self._settings, self._plan, self._seed, self._world = settings, plan, seed, world
         self.module, self._loss, self.optimizer, self.schedule = model, loss, optimizer, schedule
-        self._augment_batch, self._bad_images = augment, bad_images
+        self._augment_batch = augment
         if plan.micro_batch == 1 and any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
             raise UserError(
                 "the model's projections have batch norms, which cannot learn from micro-batches of one image",
@@ -104,6 +102,7 @@ class TrainingStep:
         for accumulated in range(self._plan.accumulation):
             with self.meter.waiting_for_data():
                 batch = next(batches)
+            self.meter.add_bad_images(batch.replaced)
             batch = self._augment(batch, step, accumulated)
             self._accumulate(batch, last=accumulated == self._plan.accumulation - 1)
         norm = clip_gradients(self.module, self._settings.grad_clip, self._settings.grad_clip_mode)
@@ -116,7 +115,6 @@ class TrainingStep:
         if self.ema is not None:
             self.ema.update_if(finite, self.module, step=step + 1 if self._settings.ema_warmup else None)
         self.meter.add_step(norm, finite)
-        self.meter.add_bad_images(self._bad_images.take_replaced())
 
     @property
     def lr(self) -> float:
@@ -201,7 +199,7 @@ class TrainingStep:
         images = batch.images
         if self._settings.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with self._settings.autocast(self._world.device):
+        with autocast(self._settings.precision, self._world.device):
             scores = StagedScores.of(model(images))
         return scores, self._loss(scores, batch.targets)
 

@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from contextual_cnn.engine.own_files import replaced
+from contextual_cnn.settings.logger import LoggerSettings
 
 log = logging.getLogger(__name__)
 
@@ -26,25 +27,15 @@ class WandbLogger:
 
     Args:
         folder: of the run; W&B's files go to its wandb/.
-        mode: online, offline, or auto: what WANDB_MODE says, else online if there is an API key.
-        patience: seconds that `close` waits for what has not been sent.
+        config: shown there.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        config: dict[str, Any],
-        *,
-        project: str,
-        entity: str | None,
-        run_name: str,
-        mode: str,
-        patience: float,
-    ) -> None:
+    def __init__(self, folder: Path, settings: LoggerSettings, config: dict[str, Any], run_name: str) -> None:
+        mode: str = settings.wandb
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
-        options = dict(project=project, entity=entity, name=run_name, dir=folder, config=config)
-        self._folder, self._patience = folder, patience
+        options = dict(project=settings.project, entity=settings.entity, name=run_name, dir=folder, config=config)
+        self._folder, self._patience = folder, settings.patience
         self._rows: SimpleQueue[dict[str, float] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._mirror, args=(mode, options), name="wandb", daemon=True)
         self._thread.start()

@@ -8,38 +8,24 @@ No loop over samples and no wait for the device.
 Shapes: B images, N classes.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
 from contextual_cnn.contracts import StagedLoss, StagedScores, is_considered, stage_name
-from contextual_cnn.errors import UserError
-
-Reduction = Literal["considered", "batch"]
+from contextual_cnn.settings.loss import LossSettings
 
 
 class StagedCrossEntropy(nn.Module):
-    """Cross-entropy of every stage; a model with a single stage gets the plain cross-entropy.
+    """Cross-entropy of every stage; a model with a single stage gets the plain cross-entropy."""
 
-    Args:
-        alpha: weight of all stages but the last (paper: 0.15).
-        reduction: what the paper leaves open. "considered": the mean over the samples whose target is
-            considered (released code), each counted by the share of its target that is. "batch": the mean
-            over the batch, equation 1 read literally. They differ only where classes have been dropped.
-    """
-
-    def __init__(self, *, alpha: float = 0.15, reduction: Reduction = "considered") -> None:
+    def __init__(self, settings: LossSettings | None = None) -> None:
         super().__init__()
-        if not alpha >= 0:  # a NaN neither
-            raise UserError(f"loss.alpha must not be negative, got {alpha}", "the paper's value is loss.alpha=0.15")
-        self.alpha = alpha
-        self.reduction = reduction
+        self._settings = settings or LossSettings()
 
     def forward(self, scores: StagedScores, targets: Tensor) -> StagedLoss:
         """Scores of every stage, and (B,) classes or (B, N) probabilities -> total, and each stage's as loss_stageS."""
         losses = [self._stage_loss(logits, targets) for logits in scores.logits]
-        total = self.alpha * sum(losses[:-1]) + losses[-1]
+        total = self._settings.alpha * sum(losses[:-1]) + losses[-1]
         named = zip(scores.stages, losses, strict=True)
         return StagedLoss(total, {stage_name("loss", stage): loss.detach() for stage, loss in named})
 
@@ -55,7 +41,7 @@ class StagedCrossEntropy(nn.Module):
         else:
             loss = -(targets * log_p).sum(dim=1)
             share = (targets * considered).sum(dim=1)
-        if self.reduction == "batch":
+        if self._settings.reduction == "batch":
             return loss.mean()
         # With no considered target in the batch both sums are zero, and so is the loss
         return loss.sum() / share.sum().clamp(min=torch.finfo(loss.dtype).tiny)

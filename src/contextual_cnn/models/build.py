@@ -1,7 +1,6 @@
 """A model from its config: ours or any other of timm's, under the same recipe, optionally from given weights."""
 
 import difflib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,76 +9,46 @@ from torch import nn
 
 from contextual_cnn.contracts import TimmModel
 from contextual_cnn.errors import UserError
-from contextual_cnn.models.class_context import FEWEST_CLASSES, ClassCountError, ProjectionNorm, default_class_counts
-from contextual_cnn.models.contextual_conv import Convolution
-from contextual_cnn.models.contextual_model import ContextualModel, Selection
-from contextual_cnn.models.timm_options import LARGEST, check_timm_options
+from contextual_cnn.models.class_context import FEWEST_CLASSES, ClassCountError, default_class_counts
+from contextual_cnn.models.contextual_model import ContextualModel
+from contextual_cnn.models.timm_options import check_timm_options
 from contextual_cnn.models.weights import load_weights
+from contextual_cnn.settings.model import ModelSettings
+
+# Keys of the model group that are keywords of the model's class, or of timm's
+_OPTIONS = (
+    "num_classes",
+    "drop_rate",
+    "drop_path_rate",
+    "class_counts",
+    "embedding_dim",
+    "projection_norm",
+    "selection",
+    "contextual_stages",
+    "contextual_every",
+    "convolution",
+    "mask",
+)
 
 # What a model raises for an option that it cannot use has no common class
 _REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-def build_model(
-    *,
-    name: str,
-    num_classes: int,
-    drop_path_rate: float | None = None,
-    drop_rate: float = 0.0,
-    layer_scale: float | None = None,
-    grad_checkpointing: bool = False,
-    weights: str | None = None,
-    class_counts: Sequence[int] | None = None,
-    embedding_dim: int | None = None,
-    projection_norm: ProjectionNorm | None = None,
-    selection: Selection | None = None,
-    contextual_stages: Sequence[int] | None = None,
-    contextual_every: int | None = None,
-    convolution: Convolution | None = None,
-    mask: bool | None = None,
-    timm_options: dict | None = None,
-) -> nn.Module:
-    """A timm-registered model, initialised or from a file of weights.
-
-    Args:
-        name: of an architecture that timm has, ours among them.
-        drop_path_rate, layer_scale: stochastic depth and the initial layer scale; None leaves the model's default.
-        weights: a .pth, .pt or .safetensors file, or a run folder. A contextual model takes those of its plain twin
-            and then starts as an exact drop-in for it.
-        class_counts, embedding_dim, projection_norm, selection, contextual_stages, contextual_every, convolution, mask:
-            contextual models only, see `ContextualConvNeXt`; None leaves the default.
-        timm_options: what else the backbone's class takes by keyword, such as patch_size: see `check_timm_options`.
+def build_model(settings: ModelSettings) -> nn.Module:
+    """The model of these settings; num_classes must be known by now.
 
     Raises:
         UserError: unknown name, options that the model does not have, weights that do not fit.
     """
-    for key, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate or 0.0)):
-        if not 0 <= rate < 1:
-            raise UserError(f"model.{key} must be at least 0 and below 1, got {rate}", f"model.{key}=0.1")
-    for key, size in (("embedding_dim", embedding_dim), ("contextual_every", contextual_every)):
-        if size is not None and not 1 <= size <= LARGEST:
-            raise UserError(f"model.{key} must be from 1 to {LARGEST}, got {size}", f"model.{key}=null is its default")
+    name, timm_options = settings.name, settings.timm_options or {}
     _check_name(name)
-    options = {
-        "num_classes": num_classes,
-        "drop_rate": drop_rate,
-        "drop_path_rate": drop_path_rate,
-        "ls_init_value": layer_scale,
-        "class_counts": class_counts,
-        "embedding_dim": embedding_dim,
-        "projection_norm": projection_norm,
-        "selection": selection,
-        "contextual_stages": contextual_stages,
-        "contextual_every": contextual_every,
-        "convolution": convolution,
-        "mask": mask,
-    }
+    options = {key: getattr(settings, key) for key in _OPTIONS} | {"ls_init_value": settings.layer_scale}
     if timm_options:
         check_timm_options(name, timm_options, {key: key for key in options} | {"ls_init_value": "layer_scale"})
-    options = {key: value for key, value in options.items() if value is not None} | (timm_options or {})
-    model = _create(name, options, grad_checkpointing)
-    if weights is not None:
-        load_weights(model, Path(weights))
+    options = {key: value for key, value in options.items() if value is not None} | timm_options
+    model = _create(name, options, settings.grad_checkpointing)
+    if settings.weights is not None:
+        load_weights(model, Path(settings.weights))
     return model
 
 

@@ -4,13 +4,13 @@ Shapes: B images, C channels of a stage, N classes, k classes kept, E embedding 
 """
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ProjectionNorm = Literal["batch", "layer"]
+from contextual_cnn.settings.model import ProjectionNorm
+
 FEWEST_CLASSES = 3  # as many as shortlists, each shorter than the one before
 _MAX_INVERSE_TEMPERATURE = 100.0  # CLIP's clamp
 

@@ -7,7 +7,7 @@ computed.
 Shapes: B images, C input channels, O output channels, H W map, Ho Wo output map, E context size, K kernel taps.
 """
 
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from timm.layers import LayerNorm2d
@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from contextual_cnn.ops import contextual_conv2d
+from contextual_cnn.settings.model import Convolution
 
-Convolution = Literal[
-    "contextual", "weight_offsets", "sampling_offsets", "extra_input", "without_prior", "deformable", "plain"
-]
 WITHOUT_CONTEXT = ("without_prior", "deformable", "plain")
 
 

@@ -12,7 +12,6 @@ Shapes: B images, N classes, k classes of a shortlist, E embedding size, C chann
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 import torch
 from timm.models._features import feature_take_indices
@@ -24,14 +23,12 @@ from contextual_cnn.models.class_context import (
     ClassEmbeddings,
     Merging,
     Projection,
-    ProjectionNorm,
     check_class_counts,
     default_class_counts,
     scale_class_counts,
 )
 from contextual_cnn.models.contextual_conv import WITHOUT_CONTEXT
-
-Selection = Literal["rerank", "reduce"]
+from contextual_cnn.settings.model import ProjectionNorm, Selection
 
 
 class ContextualBlock(nn.Module):

@@ -8,16 +8,15 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage
 from torch import Tensor, nn
 
-from contextual_cnn.models.class_context import ProjectionNorm
-from contextual_cnn.models.contextual_conv import Convolution, replace_convolution
+from contextual_cnn.models.contextual_conv import replace_convolution
 from contextual_cnn.models.contextual_model import (
     ContextualBlock,
     ContextualModel,
-    Selection,
     takes_context,
     without_context_options,
 )
 from contextual_cnn.models.weights import checkpoint_filter_fn
+from contextual_cnn.settings.model import Convolution, ProjectionNorm, Selection
 
 # depths and dims as timm's plain twins, which is what lets plain weights load
 _SIZES: dict[str, dict[str, Any]] = {

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,31 +11,32 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from contextual_cnn.errors import UserError
 from contextual_cnn.models.build import build_model
+from contextual_cnn.settings.model import ModelSettings
 
 _SPARE = 1000  # parameters; a model may register some that it replaces again
 
 
-def restore_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The model of a config with these weights, on the CPU.
+def restore_model(settings: ModelSettings, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The model of these settings with these weights, on the CPU.
 
-    Nothing is allocated before names, shapes and types agree: a config that asks for more than the file holds costs
+    Nothing is allocated before names, shapes and types agree: settings that ask for more than the file holds cost
     nothing.
 
     Raises:
-        UserError: a config that makes no model, or tensors of another model.
+        UserError: settings that make no model, or tensors of another model.
     """
-    config = {**config, "weights": None}  # a path in a file that came from elsewhere is not followed
+    settings = replace(settings, weights=None)  # a path in a file that came from elsewhere is not followed
     with torch.device("meta"), _at_most(10 * len(tensors) + _SPARE):
-        sketch = build_model(**config).state_dict()
+        sketch = build_model(settings).state_dict()
     missing = [name for name in sketch if name not in tensors]
     other = [name for name in tensors if name not in sketch or _kind(tensors[name]) != _kind(sketch[name])]
     if missing or other:
         raise UserError(
-            f"the tensors are not those of {config['name']} as it is configured: {len(missing)} missing "
+            f"the tensors are not those of {settings.name} as it is configured: {len(missing)} missing "
             f"(first: {missing[:3]}), {len(other)} unknown or of another shape (first: {other[:3]})",
             "use weights and a configuration of the same run",
         )
-    model = build_model(**config)
+    model = build_model(settings)
     model.load_state_dict(tensors)
     return model
 

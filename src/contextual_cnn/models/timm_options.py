@@ -17,8 +17,8 @@ import torch
 from timm.models import build_model_with_cfg, load_pretrained, resolve_pretrained_cfg
 
 from contextual_cnn.errors import UserError
+from contextual_cnn.settings.model import LARGEST
 
-LARGEST = 2**16  # of a width, a depth, or a list of them in sum: no more than this is built
 _LOADERS = (timm.create_model, build_model_with_cfg, load_pretrained, resolve_pretrained_cfg)
 _TAKEN_BEFORE = {"features_only", "out_indices", "feature_cls", "pruned", "cfg", "device", "dtype"}
 _NAME = re.compile(r"[\w.-]{0,64}", re.ASCII)  # as gelu or layernorm2d; no path and no address

@@ -1,13 +1,12 @@
 """Clipping of the gradient, in timm's three ways."""
 
-from typing import Literal, cast
+from typing import cast
 
 from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
 from contextual_cnn.contracts import TimmModel
-
-Clipping = Literal["norm", "value", "agc"]
+from contextual_cnn.settings.trainer import Clipping
 
 
 def clip_gradients(model: nn.Module, limit: float | None, mode: Clipping) -> Tensor:

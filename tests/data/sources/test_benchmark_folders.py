@@ -2,10 +2,11 @@
 
 import pytest
 
-import evaluate
-from contextual_cnn.data import ImageData
+from contextual_cnn import evaluation
+from contextual_cnn.data.image_data import ImageData
 from contextual_cnn.data.sources import find_layout, open_source
 from contextual_cnn.errors import UserError
+from contextual_cnn.settings.data import DataSettings
 from tests.data.sources.test_class_folders import make
 
 CLASSES = tuple(f"n{number:02d}" for number in range(12))
@@ -59,7 +60,7 @@ def test_they_are_not_for_training(tmp_path):
 
 @pytest.mark.parametrize(("files", "numbered"), [(("n03/sub/x.jpg",), False), (("3/sub/x.jpg",), True)])
 def test_evaluate_tells_numbers_from_names_also_in_subfolders(tmp_path, caplog, files, numbered):
-    data = ImageData(("val",), CLASSES, root=str(make(tmp_path, *files)), layout="benchmark")
+    data = ImageData(DataSettings(root=str(make(tmp_path, *files)), layout="benchmark"), ("val",), CLASSES)
     with caplog.at_level("INFO", "contextual_cnn"):
-        assert evaluate._classes_to_choose_from(data).tolist() == [number == 3 for number in range(12)]
+        assert evaluation._classes_to_choose_from(data).tolist() == [number == 3 for number in range(12)]
     assert ("numbers" in caplog.text) == numbered

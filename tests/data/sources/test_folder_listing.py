@@ -5,9 +5,10 @@ import os
 import pytest
 from torchvision.datasets import ImageFolder
 
-from contextual_cnn.data import ImageData
+from contextual_cnn.data.image_data import ImageData
 from contextual_cnn.data.sources.class_folders import open_class_folders
 from contextual_cnn.errors import UserError
+from contextual_cnn.settings.data import DataSettings
 from tests.data.sources.test_class_folders import make
 
 
@@ -62,7 +63,7 @@ def test_what_is_not_read_is_counted_by_its_kind_and_named_by_the_first_line(tmp
         make(tmp_path, *(f"{split}/{label}/{i}.jpg" for label in "abc" for i in range(2)))
     make(tmp_path, *(f"train/a/{name}" for name in strangers), "train/flat.jpg", "val/c/q.heic", "train/.git/x.gif")
     (tmp_path / "train" / "__MACOSX" / "a").mkdir(parents=True)
-    data = ImageData(root=str(tmp_path))
+    data = ImageData(DataSettings(root=str(tmp_path)))
     assert data.sources["train"].not_read == {
         ".heic": 5,
         ".gif": 2,
@@ -81,13 +82,13 @@ def test_what_is_not_read_is_counted_by_its_kind_and_named_by_the_first_line(tmp
     assert part.not_read == data.sources["train"].not_read
     caplog.clear()
     with caplog.at_level("INFO", "contextual_cnn"):
-        ImageData(("val",), ("a", "b", "c"), root=str(tmp_path), exclude=None).log_summary()
+        ImageData(DataSettings(root=str(tmp_path), exclude=None), ("val",), ("a", "b", "c")).log_summary()
     assert "1 .heic" in caplog.records[0].getMessage()
 
 
 def test_benchmark_folders_are_read_alike(tmp_path):
     make(tmp_path, "b/1.jpg", "b/sub/2.jpg", "b/3.heic", "a/4.jpg", "README.txt", "__MACOSX/a/._4.jpg")
-    source = ImageData(("val",), ("a", "b", "c"), root=str(tmp_path), layout="benchmark").sources["val"]
+    source = ImageData(DataSettings(root=str(tmp_path), layout="benchmark"), ("val",), ("a", "b", "c")).sources["val"]
     assert source.paths == ("a/4.jpg", "b/1.jpg", "b/sub/2.jpg")
     assert source.not_read == {".heic": 1, ".txt beside the class folders": 1, "__MACOSX beside the class folders": 1}
 

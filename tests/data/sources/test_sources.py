@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from contextual_cnn.data import Augmentation, ImageData
+from contextual_cnn.data.image_data import ImageData
 from contextual_cnn.data.sampler import BatchPlan, TrainSampler
 from contextual_cnn.data.sources import find_layout, open_source, write_exclude_list
 from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError
+from contextual_cnn.settings.augment import AugmentSettings
+from contextual_cnn.settings.data import DataSettings
 from tests.data.layouts import LAYOUTS, flat_name, write_layout
 
 
@@ -59,7 +61,7 @@ def test_a_part_and_a_copy_for_another_process_read_the_same_also_from_threads(r
 def test_evaluation_batches_are_bit_for_bit_the_same(roots):
     images = {}
     for layout, root in roots.items():
-        data = ImageData(root=str(root), image_size=64, threads=1, eval_batch_size=5)
+        data = ImageData(DataSettings(root=str(root), image_size=64, threads=1, eval_batch_size=5))
         source = data.sources["val"]
         pixels = torch.cat([batch.images for batch in data.evaluation_batches(world())])
         images[layout] = {key(layout, source.name(i)): pixels[i] for i in range(len(source))}
@@ -71,8 +73,8 @@ def test_evaluation_batches_are_bit_for_bit_the_same(roots):
 
 def train_batches(root, count, *, first_step=0, rank=0, world_size=1, **options):
     plan = BatchPlan.make(images=48, global_batch=16, micro_batch=8, world_size=world_size)
-    data = ImageData(root=str(root), image_size=64, threads=1, **options)
-    batches = data.train_batches(plan, Augmentation(), 0, world(rank, world_size), first_step)
+    data = ImageData(DataSettings(root=str(root), image_size=64, threads=1, **options))
+    batches = data.train_batches(plan, AugmentSettings(), 0, world(rank, world_size), first_step)
     return [next(batches) for _ in range(count)]
 
 
@@ -115,7 +117,7 @@ def test_excluded_images_are_left_out_and_unknown_names_reported(roots, layout, 
     names = [source.name(i) for i in range(48)]
     exclude = tmp_path / "exclude.txt"
     exclude.write_text(f"# truncated\n{names[5]}\n\n{names[40]}\nnowhere/x.jpg\n")
-    data = ImageData(root=str(roots[layout]), exclude=str(exclude))
+    data = ImageData(DataSettings(root=str(roots[layout]), exclude=str(exclude)))
     kept = data.sources["train"]
     assert [kept.name(i) for i in range(46)] == [name for i, name in enumerate(names) if i not in (5, 40)]
     assert kept.targets.tolist() == np.delete(source.targets, [5, 40]).tolist()
@@ -135,7 +137,7 @@ def test_an_exclude_list_names_images_as_they_are_printed_or_as_the_disk_has_the
     write_exclude_list(exclude, [(r"train/class_0/caf\xe9.jpg", "bad"), (r"train/class_0/a\nb.jpg", "bad")])
     with exclude.open("ab") as file:
         file.write("train/class_0/ü.jpg\n".encode() + b"train/class_0/\xff.jpg\n")
-    source = ImageData(root=str(root), exclude=str(exclude)).sources["train"]
+    source = ImageData(DataSettings(root=str(root), exclude=str(exclude))).sources["train"]
     assert [source.name(i) for i in range(48)] == [f"train/class_{i // 8}/{i % 8}.JPEG" for i in range(48)]
 
 
@@ -143,7 +145,7 @@ def test_only_the_open_splits_names_are_looked_for(roots, tmp_path, caplog):
     exclude = tmp_path / "exclude.txt"
     exclude.write_text("train/class_0/0.JPEG\n")
     with caplog.at_level("INFO", "contextual_cnn"):
-        ImageData(("val",), root=str(roots["folders"]), exclude=str(exclude)).log_summary()
+        ImageData(DataSettings(root=str(roots["folders"]), exclude=str(exclude)), ("val",)).log_summary()
     assert "not there" not in caplog.text
 
 
@@ -151,9 +153,9 @@ def test_two_layouts_in_one_root_must_be_chosen_from(roots, tmp_path):
     root = write_layout("folders", roots["folders"], tmp_path / "both")
     (root / "train.txt").write_text("train/class_0/0.JPEG 0\ntrain/class_1/0.JPEG 1\n")
     with pytest.raises(UserError, match="train as folders and as list") as error:
-        ImageData(root=str(root))
+        ImageData(DataSettings(root=str(root)))
     assert error.value.fix.startswith("data.layout=folders")
-    assert len(ImageData(root=str(root), layout="folders").sources["train"]) == 48
+    assert len(ImageData(DataSettings(root=str(root), layout="folders")).sources["train"]) == 48
 
 
 @pytest.mark.parametrize(
@@ -169,10 +171,10 @@ def test_two_layouts_in_one_root_must_be_chosen_from(roots, tmp_path):
 )
 def test_options_that_do_not_fit_are_refused(image_root, options, message):
     with pytest.raises(UserError, match=message):
-        ImageData(root=str(image_root), **options)
+        ImageData(DataSettings(root=str(image_root), **options))
 
 
 def test_evaluation_does_not_mind_how_training_was_shuffled(roots):
     """A checkpoint of a run on shards is evaluated on folders."""
-    data = ImageData(("val",), root=str(roots["folders"]), shuffle_shards=2)
+    data = ImageData(DataSettings(root=str(roots["folders"]), shuffle_shards=2), ("val",))
     assert len(data.sources["val"]) == 18

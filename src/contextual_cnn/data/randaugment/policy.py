@@ -5,7 +5,6 @@ a policy over three of them. Every draw depends on (seed, epoch, place of the im
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -13,8 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
-from contextual_cnn.errors import UserError
 from contextual_cnn.randomness import Purpose, uniform_rows
+from contextual_cnn.settings.augment import RandAugmentNumbers
 
 
 class Op(IntEnum):
@@ -74,42 +73,21 @@ class ImageOps:
 class Policy(Protocol):
     """Draws the operations of images `start` to `start + images` of an epoch."""
 
-    layers: int
+    @property
+    def layers(self) -> int: ...
 
     def draw(self, seed: int, epoch: int, start: int, images: int) -> ImageOps: ...
 
 
 @dataclass(frozen=True)
 class RandAugment:
-    """Each layer draws one of the fifteen and applies it with `probability`, at a strength around `magnitude`.
+    """Each layer draws one of the fifteen and applies it with a probability, at a strength around a magnitude."""
 
-    magnitude: 0 to 10. magnitude_std: of the Gaussian noise on it; the sum is clipped to 0..10.
-    """
+    numbers: RandAugmentNumbers
 
-    layers: int = 2
-    magnitude: float = 9.0
-    magnitude_std: float = 0.5
-    probability: float = 0.5
-
-    @classmethod
-    def parse(cls, text: str) -> "RandAugment":
-        """Reads timm's notation, `rand-m9-mstd0.5-inc1`, with timm's defaults for what is left out.
-
-        Raises:
-            UserError: a section that is unknown or not supported.
-        """
-        given = {"m": 10.0, "n": 2.0, "p": 0.5, "mstd": 0.0, "inc": 0.0}
-        name, *sections = text.split("-")
-        for section in sections:
-            matched = re.fullmatch(r"(mstd|inc|m|n|p)(\d+(?:\.\d+)?)", section)
-            if matched is None:
-                raise _refusal(f"cannot read {section!r} in {text!r}; the sections are m, n, p, mstd and inc")
-            given[matched[1]] = float(matched[2])
-        if name != "rand" or given["inc"] != 1:
-            raise _refusal(f"{text!r}: only RandAugment with increasing severity (rand-...-inc1) is supported")
-        if given["n"] < 1 or given["n"] % 1 or given["m"] > 10 or given["p"] > 1 or given["mstd"] > 100:
-            raise _refusal(f"{text!r}: n is a whole number from 1 on, m at most 10, p at most 1, mstd at most 100")
-        return cls(int(given["n"]), given["m"], given["mstd"], given["p"])
+    @property
+    def layers(self) -> int:
+        return self.numbers.layers
 
     def draw(self, seed: int, epoch: int, start: int, images: int) -> ImageOps:
         columns = 5 * self.layers
@@ -118,8 +96,8 @@ class RandAugment:
         )  # to a multiple of four
         chosen, applied, sign, radius, angle = np.split(u[:, :columns], 5, axis=1)
         gauss = np.sqrt(-2 * np.log1p(-radius)) * np.cos(2 * math.pi * angle)  # Box and Muller
-        strength = np.clip(self.magnitude + self.magnitude_std * gauss, 0, 10) / 10
-        op = np.where(applied < self.probability, np.floor(chosen * len(ARGUMENT)), Op.NONE).astype(np.int64)
+        strength = np.clip(self.numbers.magnitude + self.numbers.magnitude_std * gauss, 0, 10) / 10
+        op = np.where(applied < self.numbers.probability, np.floor(chosen * len(ARGUMENT)), Op.NONE).astype(np.int64)
         return ImageOps(op, _arguments(op, strength, np.where(sign < 0.5, -1, 1)))
 
 
@@ -177,7 +155,3 @@ def _arguments(op: np.ndarray, strength: np.ndarray, sign: np.ndarray) -> np.nda
     for kind, function in ARGUMENT.items():
         argument = np.where(op == kind, function(strength, sign), argument)
     return argument
-
-
-def _refusal(cause: str) -> UserError:
-    return UserError(f"augment.randaugment: {cause}", "augment.randaugment=rand-m9-mstd0.5-inc1, or null for none")

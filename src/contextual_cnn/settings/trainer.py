@@ -1,14 +1,15 @@
-"""How a run is trained, beside its model and data: the keys of conf/trainer/."""
+"""The keys of conf/trainer/: how a run is trained, beside its model and data."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-from contextual_cnn.engine.stopping import seconds_of
 from contextual_cnn.errors import UserError
-from contextual_cnn.optim import Clipping
+
+Clipping = Literal["norm", "value", "agc"]
+Precision = Literal["auto", "bf16", "fp32"]
+_MOST_HOURS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class TrainerSettings:
     """
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Precision = "auto"
     global_batch_size: int = 4096
     micro_batch_size: int = 128
     channels_last: bool = True
@@ -58,7 +59,7 @@ class TrainerSettings:
         for key in ("log_every", "eval_every", "max_skipped_steps", "max_steps"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise UserError(f"trainer.{key} must be 1 or more, got {getattr(self, key)}", f"trainer.{key}=1")
-        seconds_of(self.max_time)
+        self.max_seconds  # noqa: B018 - refuses what is no time
         if not 0 < self.timeout_minutes < math.inf:
             raise UserError(
                 f"trainer.timeout_minutes must be above 0 and finite, got {self.timeout_minutes}",
@@ -74,7 +75,24 @@ class TrainerSettings:
                 "trainer.ema_decay=0.9999",
             )
 
-    def autocast(self, device: torch.device) -> torch.autocast:
-        """The autocast context of this precision on this device; may be entered again and again."""
-        bf16 = self.precision == "bf16" or (self.precision == "auto" and device.type == "cuda")
-        return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    @property
+    def max_seconds(self) -> float | None:
+        """max_time in seconds: "3:50:00" or "3:50" (hours first), or a number of hours.
+
+        Raises:
+            UserError: neither of them.
+        """
+        if self.max_time is None:
+            return None
+        if isinstance(self.max_time, str):
+            match = re.fullmatch(r"(\d+):([0-5]\d)(?::([0-5]\d))?", self.max_time)
+            hours = match and sum(int(part or 0) / 60**i for i, part in enumerate(match.groups()))
+        else:
+            hours = self.max_time  # YAML reads an unquoted 3:50:00 as 13800, its seconds
+        if not hours or not 0 < hours <= _MOST_HOURS:
+            raise UserError(
+                f"trainer.max_time={self.max_time} is no time limit",
+                "trainer.max_time=3:50:00 (hours:minutes:seconds; quoted in a YAML file) or "
+                "trainer.max_time=3.8 (hours)",
+            )
+        return 3600 * hours

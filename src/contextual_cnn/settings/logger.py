@@ -1,0 +1,18 @@
+"""The keys of conf/logger/: where metrics go beside metrics.jsonl."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggerSettings:
+    """wandb: "auto" is what WANDB_MODE says; without it online where there is an API key (WANDB_API_KEY or
+        `wandb login`) and offline elsewhere; `wandb sync FOLDER/wandb/offline-run-*` sends an offline run later.
+    project, entity: of W&B.
+    patience: seconds that the end of the run waits for W&B.
+    """
+
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    project: str = "contextual-cnn"
+    entity: str | None = None
+    patience: float = 30

@@ -1,0 +1,58 @@
+"""The keys of conf/model/: an architecture and what may be changed about it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from contextual_cnn.errors import UserError
+
+Convolution = Literal[
+    "contextual", "weight_offsets", "sampling_offsets", "extra_input", "without_prior", "deformable", "plain"
+]
+ProjectionNorm = Literal["batch", "layer"]
+Selection = Literal["rerank", "reduce"]
+
+LARGEST = 2**16  # of a width, a depth, or a list of them in sum: no more than this is built
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """A timm-registered model, initialised or from a file of weights.
+
+    name: of an architecture that timm has, ours among them.
+    num_classes: None takes the number from the data.
+    drop_path_rate, layer_scale: stochastic depth and the initial layer scale; None leaves the model's default.
+    weights: a .pth, .pt or .safetensors file, or a run folder. A contextual model takes those of its plain twin
+        and then starts as an exact drop-in for it.
+    class_counts, embedding_dim, projection_norm, selection, contextual_stages, contextual_every, convolution, mask:
+        contextual models only, see `ContextualConvNeXt`; None leaves the default.
+    timm_options: what else the backbone's class takes by keyword, such as patch_size: see `check_timm_options`.
+    """
+
+    name: str
+    num_classes: int | None = None
+    drop_path_rate: float | None = None
+    drop_rate: float = 0.0
+    layer_scale: float | None = None
+    grad_checkpointing: bool = False
+    weights: str | None = None
+    class_counts: Sequence[int] | None = None
+    embedding_dim: int | None = None
+    projection_norm: ProjectionNorm | None = None
+    selection: Selection | None = None
+    contextual_stages: Sequence[int] | None = None
+    contextual_every: int | None = None
+    convolution: Convolution | None = None
+    mask: bool | None = None
+    timm_options: dict | None = None
+
+    def __post_init__(self) -> None:
+        for key, rate in (("drop_rate", self.drop_rate), ("drop_path_rate", self.drop_path_rate or 0.0)):
+            if not 0 <= rate < 1:
+                raise UserError(f"model.{key} must be at least 0 and below 1, got {rate}", f"model.{key}=0.1")
+        for key in ("embedding_dim", "contextual_every"):
+            size = getattr(self, key)
+            if size is not None and not 1 <= size <= LARGEST:
+                raise UserError(
+                    f"model.{key} must be from 1 to {LARGEST}, got {size}", f"model.{key}=null is its default"
+                )

@@ -1,0 +1,53 @@
+"""What a command loads: a mistake is found before torch, and a run loads only what it uses."""
+
+import json
+
+import pytest
+
+from tests.conftest import ROOT, run_python, small_run
+
+pytestmark = pytest.mark.run
+
+HEAVY = ("torch", "torchvision", "timm", "nvidia.dali", "wandb", "matplotlib", "sklearn", "scipy", "triton")
+WATCHED = f"""
+import atexit, json, runpy, sys
+atexit.register(lambda: print(json.dumps([name for name in {HEAVY} if name in sys.modules]), file=sys.stderr))
+sys.argv = sys.argv[1:]
+sys.path.insert(0, "{ROOT}")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def loaded(*command, status=0):
+    """Which of the heavy packages a command has imported when it ends."""
+    done = run_python("-c", WATCHED, *command)
+    assert done.returncode == status, done.stderr
+    return set(json.loads(done.stderr.splitlines()[-1]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["train.py", "--help"], 0),
+        (["train.py", "--cfg", "job"], 0),
+        (["train.py", "experiment=tabel1_t"], 2),
+        (["train.py", "optimzer.lr=1"], 2),
+        (["train.py", "data.root=/nowhere", "optimizer.lr=-1"], 2),
+        (["train.py", "data.root=/nowhere"], 2),
+        (["evaluate.py", "--help"], 0),
+        (["evaluate.py", "checkpoint=/nowhere"], 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_help_and_mistakes_load_nothing_heavy(arguments, status):
+    assert loaded(*arguments, status=status) == set()
+
+
+BY_TIMM = {"torch", "torchvision", "timm", "wandb", "triton"}  # it imports all of them itself
+
+
+def test_a_run_loads_what_it_uses(image_root, tmp_path):
+    """A run of the torch loader, stopped by its time limit before there is a picture to draw; then its evaluation."""
+    limit = ["data.loader=torch", "trainer.max_time=0.0001"]
+    assert loaded(*small_run(image_root, tmp_path, *limit), status=75) <= BY_TIMM
+    assert loaded("evaluate.py", f"checkpoint={tmp_path}/run") <= BY_TIMM
