@@ -6,7 +6,7 @@ data.root may also be the folder of ImageNet-A, -R, -V2 or -Sketch (class folder
 prediction is then made among the classes that are there, as those benchmarks do.
 """
 
-from contextual_cnn.engine.stopping import end_when_asked
+from contextual_cnn.guards.stopping import end_when_asked
 
 if __name__ == "__main__":  # before the imports, which take seconds
     end_when_asked()
@@ -18,9 +18,9 @@ import hydra
 from omegaconf import DictConfig
 
 from contextual_cnn import cli
-from contextual_cnn.checkpoint_files import find_checkpoint, has_checkpoint
-from contextual_cnn.engine.own_files import check_writable
 from contextual_cnn.errors import UserError
+from contextual_cnn.runs.checkpoint_files import find_checkpoint, has_checkpoint
+from contextual_cnn.runs.own_files import check_writable
 from contextual_cnn.settings.data import DataSettings
 from contextual_cnn.settings.evaluation import DATA_KEYS, EvaluationSettings
 

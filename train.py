@@ -4,60 +4,55 @@ The same command again resumes. Under torchrun, on any number of nodes, it is th
 Exit status: 0 complete; 75 stopped by a signal or trainer.max_time, to be started again; 2 a mistake to put right.
 """
 
-from contextual_cnn.engine.stopping import end_when_asked
+from contextual_cnn.guards.stopping import end_when_asked
 
 if __name__ == "__main__":  # before the imports, which take seconds
     end_when_asked()
 
+from dataclasses import asdict
 from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
 from contextual_cnn import cli
-from contextual_cnn.data.image_data import ImageData
-from contextual_cnn.data.sampler import BatchPlan
-from contextual_cnn.engine.loggers import check_key
-from contextual_cnn.engine.stopping import StopRequest
-from contextual_cnn.errors import Stopped, UserError
+from contextual_cnn.batch_plan import BatchPlan
+from contextual_cnn.errors import Stopped
+from contextual_cnn.guards.stopping import StopRequest
 from contextual_cnn.launcher import world_size
+from contextual_cnn.runs.loggers import check_key
+from contextual_cnn.settings.keys import record_of
 from contextual_cnn.settings.run import RunSettings
-
-SCHEMA = cli.schema_of(RunSettings)
+from contextual_cnn.tasks import task_settings
 
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).resolve().parent / "conf"), config_name="train")
 @cli.job
 def main(hydra_config: DictConfig) -> None:
     cli.check_sweep(hydra_config, "run_name")
-    config = cli.read_config(hydra_config, SCHEMA)
-    settings = RunSettings.of(config)
+    kind = task_settings(hydra_config.get("task"))
+    config = cli.read_config(hydra_config, schema(kind))
+    settings = record_of(RunSettings, config)
     check_key(settings.logger)
-    data = ImageData(settings.data)
+    found = record_of(kind, config).open()
     plan = BatchPlan.make(
-        images=len(data.sources["train"]),
+        images=found.samples,
         global_batch=settings.trainer.global_batch_size,
         micro_batch=settings.trainer.micro_batch_size,
         world_size=world_size(),
     )
-    settings.augment.check_micro_batch(plan.micro_batch)
-    config["model"]["num_classes"] = _num_classes(settings, data)
+    found.check(plan)
     request = StopRequest(settings.trainer.max_seconds)
 
     from contextual_cnn.training import train  # here: torch and timm take seconds, and every mistake above none
 
-    if not train(RunSettings.of(config), data, plan, request, config):
+    if not train(settings, found.load(), plan, request, config | asdict(found.settings)):
         raise Stopped
 
 
-def _num_classes(settings: RunSettings, data: ImageData) -> int:
-    wanted = settings.model.num_classes
-    if wanted is not None and wanted != data.num_classes:
-        raise UserError(
-            f"model.num_classes={wanted}, but {settings.data.root} has {data.num_classes} classes",
-            "model.num_classes=null takes the number from the data",
-        )
-    return data.num_classes
+def schema(task: type) -> cli.Schema:
+    """The keys of a run: those that all have, and the task's own."""
+    return cli.schema_of(RunSettings) | cli.schema_of(task)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ from torchvision.ops import deform_conv2d
 
 from contextual_cnn.analysis.comparison import describe_family
 from contextual_cnn.contracts import StagedScores
-from contextual_cnn.engine.environment import Report, environment
 from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.models import build_model
 from contextual_cnn.ops import contextual_conv2d
 from contextual_cnn.optim import build_optimizer
+from contextual_cnn.runs.environment import Report, environment
 from contextual_cnn.settings.model import ModelSettings
 from contextual_cnn.settings.optimizer import OptimizerSettings
 

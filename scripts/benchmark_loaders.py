@@ -18,9 +18,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from timm_reference import PILLOW_13_PATCH, timm_arguments
 
+from contextual_cnn.batch_plan import BatchPlan
 from contextual_cnn.data.image_data import ImageData
 from contextual_cnn.data.mixing import BatchAugmentation
-from contextual_cnn.data.sampler import BatchPlan
 from contextual_cnn.distributed import World
 from contextual_cnn.settings.augment import AugmentSettings
 from contextual_cnn.settings.data import DataSettings

@@ -19,16 +19,16 @@ from scipy.stats import ks_2samp
 from sklearn.datasets import load_sample_images
 from timm_reference import timm_transform
 
+from contextual_cnn.batch_plan import BatchPlan
 from contextual_cnn.contracts import Batch
 from contextual_cnn.data.image_check import decode_rgb
 from contextual_cnn.data.image_data import ImageData
 from contextual_cnn.data.mixing import BatchAugmentation
 from contextual_cnn.data.process_pool import progress_bar
-from contextual_cnn.data.sampler import BatchPlan
 from contextual_cnn.distributed import World
-from contextual_cnn.engine.environment import environment, print_report
 from contextual_cnn.errors import run_script
 from contextual_cnn.randomness import Purpose, seed_all
+from contextual_cnn.runs.environment import environment, print_report
 from contextual_cnn.settings.augment import AugmentSettings
 from contextual_cnn.settings.data import DataSettings
 

@@ -17,8 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from contextual_cnn.engine.environment import print_report
 from contextual_cnn.ops import sampled_conv_triton as kernels
+from contextual_cnn.runs.environment import print_report
 
 TYPES = {"bfloat16": "*bf16", "float32": "*fp32"}
 POINTERS = {"gy", "x", "y", "gx"}  # in the model's type; all others are float32

@@ -128,7 +128,7 @@ def kernels() -> Iterator[Row]:
 
 
 def wandb_login() -> Iterator[Row]:
-    from contextual_cnn.engine.wandb_logger import has_wandb_key
+    from contextual_cnn.runs.wandb_logger import has_wandb_key
 
     mode = os.environ.get("WANDB_MODE")
     if mode or has_wandb_key():

@@ -17,9 +17,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from contextual_cnn.engine.environment import environment, print_report
-from contextual_cnn.engine.loggers import read_metrics
 from contextual_cnn.errors import run_script
+from contextual_cnn.runs.environment import environment, print_report
+from contextual_cnn.runs.loggers import read_metrics
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = {

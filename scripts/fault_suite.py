@@ -23,7 +23,7 @@ from rich.table import Table
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from contextual_cnn.engine.environment import environment  # noqa: E402
+from contextual_cnn.runs.environment import environment  # noqa: E402
 from tests import kills  # noqa: E402
 
 LIST = ROOT / "tests" / "faults.toml"

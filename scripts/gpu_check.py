@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from contextual_cnn.contracts import StagedScores
-from contextual_cnn.engine.environment import Report, environment
 from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.models import build_model
 from contextual_cnn.ops import contextual_conv2d
 from contextual_cnn.ops.sampled_conv import implementation_on
 from contextual_cnn.optim import build_optimizer
+from contextual_cnn.runs.environment import Report, environment
 from contextual_cnn.settings.model import ModelSettings
 from contextual_cnn.settings.optimizer import OptimizerSettings
 

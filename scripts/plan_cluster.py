@@ -22,9 +22,9 @@ from contextual_cnn.analysis.cluster import (
     gradient_bytes,
     possible_counts,
 )
-from contextual_cnn.engine.loggers import read_metrics
 from contextual_cnn.errors import UserError, run_script
 from contextual_cnn.models import build_model
+from contextual_cnn.runs.loggers import read_metrics
 from contextual_cnn.settings.model import ModelSettings
 
 

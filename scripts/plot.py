@@ -13,8 +13,8 @@ matplotlib.use("Agg")  # no display on a cluster
 
 import matplotlib.pyplot as plt
 
-from contextual_cnn.engine.loggers import read_metrics
 from contextual_cnn.errors import UserError, run_script
+from contextual_cnn.runs.loggers import read_metrics
 
 LOWER_IS_BETTER = ("loss",)
 

@@ -14,10 +14,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from timm_reference import timm_transform
 
+from contextual_cnn.batch_plan import BatchPlan
 from contextual_cnn.data.image_check import decode_rgb
 from contextual_cnn.data.image_data import ImageData
 from contextual_cnn.data.mixing import BatchAugmentation
-from contextual_cnn.data.sampler import BatchPlan, TrainSampler
+from contextual_cnn.data.sampler import TrainSampler
 from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError, run_script
 from contextual_cnn.randomness import Purpose, seed_all

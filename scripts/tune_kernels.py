@@ -19,8 +19,8 @@ from unittest import mock
 import torch
 from triton.runtime.errors import OutOfResources
 
-from contextual_cnn.engine.environment import Report, environment
 from contextual_cnn.ops import sampled_conv_triton as kernels
+from contextual_cnn.runs.environment import Report, environment
 
 STAGES = {"stage 2": (192, 28), "stage 3": (384, 14), "stage 4": (768, 7)}  # channels, side
 GATHERS = {"positions": (8, 16, 32), "chunks": (1, 3), "warps": (2, 4, 8)}

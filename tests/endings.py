@@ -2,8 +2,8 @@
 
 import torch
 
-from contextual_cnn.checkpoint import load_checkpoint
-from contextual_cnn.engine.loggers import read_metrics
+from contextual_cnn.runs.checkpoint import load_checkpoint
+from contextual_cnn.runs.loggers import read_metrics
 
 
 def checkpoint(folder, name="last"):

@@ -5,7 +5,7 @@ import resource
 import sys
 from pathlib import Path
 
-from contextual_cnn.engine.loggers import JsonLinesLogger
+from contextual_cnn.runs.loggers import JsonLinesLogger
 
 if __name__ == "__main__":
     logging.basicConfig()

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from sklearn.datasets import load_sample_images
 
-from contextual_cnn.engine.loggers import read_metrics
+from contextual_cnn.runs.loggers import read_metrics
 from tests.conftest import small_run, write_class_folders
 from tests.quick_start import run
 

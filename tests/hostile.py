@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from contextual_cnn.checkpoint import Manifest
+from contextual_cnn.runs.checkpoint import Manifest
 
 
 def write_whole(content: Any, path: Path, **options: Any) -> Path:

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from contextual_cnn.checkpoint import load_checkpoint
+from contextual_cnn.runs.checkpoint import load_checkpoint
 from tests.conftest import small_run
 from tests.endings import assert_same_end, checkpoint, steps_logged
 from tests.launched import Launched

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from contextual_cnn.engine.loggers import read_metrics
+from contextual_cnn.runs.loggers import read_metrics
 from tests.conftest import run_command, small_run
 
 pytestmark = pytest.mark.run

@@ -7,15 +7,15 @@ import threading
 import pytest
 import torch
 
-from contextual_cnn.checkpoint import (
+from contextual_cnn.errors import UserError
+from contextual_cnn.runs.checkpoint import (
     DamagedCheckpoint,
     load_checkpoint,
     step_of,
     write_checkpoint,
 )
-from contextual_cnn.checkpoint_files import find_checkpoint
-from contextual_cnn.engine.checkpoint_store import CheckpointStore
-from contextual_cnn.errors import UserError
+from contextual_cnn.runs.checkpoint_files import find_checkpoint
+from contextual_cnn.runs.checkpoint_store import CheckpointStore
 from contextual_cnn.settings.checkpoint import CheckpointSettings
 from tests.hostile import compressed, write_bytes, write_whole
 

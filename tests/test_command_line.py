@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from contextual_cnn.engine.loggers import read_metrics
+from contextual_cnn.runs.loggers import read_metrics
 from tests.conftest import run_command, run_group, small_run, torchrun
 
 pytestmark = pytest.mark.run

@@ -17,11 +17,11 @@ import train
 from contextual_cnn import cli
 from contextual_cnn.contracts import StagedScores
 from contextual_cnn.data.image_data import ImageData
-from contextual_cnn.engine.checkpoint_store import CheckpointStore
 from contextual_cnn.errors import UserError
 from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.models import build_model
 from contextual_cnn.optim import build_optimizer, build_schedule
+from contextual_cnn.runs.checkpoint_store import CheckpointStore
 from contextual_cnn.settings.augment import AugmentSettings
 from contextual_cnn.settings.checkpoint import CheckpointSettings
 from contextual_cnn.settings.data import DataSettings
@@ -30,10 +30,12 @@ from contextual_cnn.settings.model import ModelSettings
 from contextual_cnn.settings.optimizer import OptimizerSettings
 from contextual_cnn.settings.schedule import ScheduleSettings
 from contextual_cnn.settings.trainer import TrainerSettings
+from contextual_cnn.tasks.image_classification.settings import ImageClassificationSettings
 
 # torchrun's error file wants the real stderr, which pytest holds
 pytestmark = pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
 
+SCHEMAS = {train: train.schema(ImageClassificationSettings), evaluate: evaluate.SCHEMA}
 CONF = Path(__file__).parent.parent / "conf"
 GROUPS = ("model", "data", "augment", "loss", "optimizer", "schedule", "trainer", "checkpoint", "logger")
 OPTIONS = [
@@ -53,7 +55,7 @@ def _fresh_hydra():
 
 def composed(*overrides):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return cli.read_config(compose("train", [f"data.root={CONF}", *overrides]), train.SCHEMA)
+        return cli.read_config(compose("train", [f"data.root={CONF}", *overrides]), SCHEMAS[train])
 
 
 def refused(arguments, monkeypatch, capsys, script=train):
@@ -81,7 +83,7 @@ def read(arguments, monkeypatch, script=train):
     @hydra.main(version_base="1.3", config_path=str(folder), config_name=name)
     @cli.job
     def main(config):
-        seen.append(cli.read_config(config, script.SCHEMA))
+        seen.append(cli.read_config(config, SCHEMAS[script]))
 
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments])
     cli.run(main)
@@ -89,7 +91,7 @@ def read(arguments, monkeypatch, script=train):
 
 
 def test_every_group_has_options():
-    assert {group for group, _ in OPTIONS} == {*GROUPS, "experiment"}
+    assert {group for group, _ in OPTIONS} == {*GROUPS, "task", "experiment"}
     assert len(OPTIONS) >= 20
 
 
@@ -261,7 +263,7 @@ def recipe():
 
 def start(config, root):
     """What train.py makes of a config before a run folder is made."""
-    cli.check_config(config, train.SCHEMA)
+    cli.check_config(config, SCHEMAS[train])
     TrainerSettings(**config["trainer"])
     AugmentSettings(**config["augment"])
     ImageData(DataSettings(**config["data"] | {"root": str(root)}))
@@ -313,7 +315,7 @@ def test_a_slip_in_any_key_is_answered_with_the_key():
                 if slip in config[group]:
                     continue
                 with pytest.raises(UserError, match=rf"^there is no key {group}\.{slip}\n") as refused:
-                    cli.check_config(config | {group: config[group] | {slip: 1}}, train.SCHEMA)
+                    cli.check_config(config | {group: config[group] | {slip: 1}}, SCHEMAS[train])
                 slips += 1
                 answered += refused.value.fix == f"did you mean {group}.{key}?"
     assert slips > 150

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from contextual_cnn.engine.loggers import read_metrics
-from contextual_cnn.engine.reliability import wilson_interval
+from contextual_cnn.runs.loggers import read_metrics
+from contextual_cnn.tasks.image_classification.reliability import wilson_interval
 from tests.conftest import run_group, small_run
 from tests.quick_start import run
 

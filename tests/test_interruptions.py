@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from contextual_cnn.checkpoint import load_checkpoint, step_of, write_checkpoint
-from contextual_cnn.engine.loggers import read_metrics
+from contextual_cnn.runs.checkpoint import load_checkpoint, step_of, write_checkpoint
+from contextual_cnn.runs.loggers import read_metrics
 from tests.conftest import run_group, small_run
 from tests.endings import assert_same_end, checkpoint, losses, steps_logged
 from tests.quick_start import Command, run

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from contextual_cnn.engine.loggers import read_metrics
+from contextual_cnn.runs.loggers import read_metrics
 from tests.conftest import small_run
 from tests.fake_wandb import misbehaving_server
 from tests.quick_start import Command, run

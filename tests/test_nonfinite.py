@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from contextual_cnn.checkpoint import load_checkpoint
-from contextual_cnn.engine.loggers import read_metrics
+from contextual_cnn.runs.checkpoint import load_checkpoint
+from contextual_cnn.runs.loggers import read_metrics
 from tests.conftest import small_run
 from tests.quick_start import run
 

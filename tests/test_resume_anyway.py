@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from contextual_cnn.engine.loggers import read_metrics
+from contextual_cnn.runs.loggers import read_metrics
 from tests.kills import smallest_run
 from tests.quick_start import run
 

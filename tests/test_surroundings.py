@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from contextual_cnn.engine.loggers import read_metrics
+from contextual_cnn.runs.loggers import read_metrics
 from tests.conftest import ROOT
 from tests.endings import checkpoint, steps_logged
 from tests.kills import smallest_run

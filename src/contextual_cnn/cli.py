@@ -21,10 +21,10 @@ from yaml import YAMLError
 from contextual_cnn.command_line import check_choices, check_sweep, explain
 from contextual_cnn.config import read_config
 from contextual_cnn.errors import STOPPED, LostProcess, Stopped, UserError, report_status
-from contextual_cnn.schema import Group, check_config, schema_of
+from contextual_cnn.schema import Group, Schema, check_config, schema_of
 from contextual_cnn.text import print_any_text
 
-__all__ = ["Group", "check_config", "check_sweep", "job", "read_config", "run", "schema_of"]
+__all__ = ["Group", "Schema", "check_config", "check_sweep", "job", "read_config", "run", "schema_of"]
 
 
 def run(main: Callable[[], None]) -> None:

@@ -27,6 +27,10 @@ class Batch(NamedTuple):
     targets: Tensor
     replaced: int = 0
 
+    @property
+    def size(self) -> int:
+        return len(self.targets)
+
 
 class TimmModel(Protocol):
     """What a model of timm has beside nn.Module, whose own type knows tensors and modules only; to be cast to."""

@@ -1,107 +1,37 @@
-"""The evaluation of checkpoints: each is loaded, shown every image of a val split once, and reported."""
+"""The evaluation of checkpoints, each by the task that it was trained for."""
 
-import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from torch import nn
 
-from contextual_cnn.data.image_data import ImageData
 from contextual_cnn.distributed import World, process_group
-from contextual_cnn.engine.autocast import autocast
-from contextual_cnn.engine.class_report import report_classes, write_class_report
-from contextual_cnn.engine.evaluation_report import differing_data, figures, write_report
-from contextual_cnn.engine.evaluation_tables import ranking, report_table
-from contextual_cnn.engine.evaluator import evaluate
-from contextual_cnn.engine.predictions import Predictions, PredictionTable, write_predictions
-from contextual_cnn.engine.real_labels import read_real_labels, real_accuracy
-from contextual_cnn.engine.run_folder import start_logging
+from contextual_cnn.runs.checkpoint import load_checkpoint
+from contextual_cnn.runs.checkpoint_entries import require_entries
+from contextual_cnn.runs.run_folder import start_logging
 from contextual_cnn.settings.evaluation import EvaluationSettings
-from contextual_cnn.trained import Trained, describe_classes, load_model
-
-log = logging.getLogger(__name__)
+from contextual_cnn.settings.keys import LATER_KEYS
+from contextual_cnn.tasks import task_settings
 
 
 def evaluate_checkpoints(checkpoints: Sequence[Path], settings: EvaluationSettings) -> None:
-    """Evaluates one after the other; of several, a table follows."""
+    """Evaluates one after the other; of several of a task, a table follows."""
     with process_group(settings.device) as world:
         console = start_logging(world.is_main)
-        reports = [_evaluate_checkpoint(path, settings, world, console) for path in checkpoints]
-        if world.is_main and len(reports) > 1:
-            console.print(ranking(reports))
+        found = [_evaluate(path, settings, world, console) for path in checkpoints]
+        if not world.is_main:
+            return
+        for task, reports in groupby(sorted(found, key=lambda pair: pair[0]), key=lambda pair: pair[0]):
+            of_task = [report for _, report in reports]
+            if len(of_task) > 1:
+                console.print(task_settings(task).evaluator().ranking(of_task))
 
 
-def _evaluate_checkpoint(path: Path, settings: EvaluationSettings, world: World, console: Console) -> dict[str, Any]:
-    """The report of one checkpoint, complete on rank 0, where it is printed and written too."""
-    trained = load_model(str(path), settings.weights, settings.data)
-    data = ImageData(trained.data, ("val",), trained.classes)
-    source = data.sources["val"]
-    labels_file = settings.file("real_labels")
-    labels = read_real_labels(labels_file, source) if labels_file is not None else None
-    data.log_summary()
-    precision = autocast(settings.precision, world.device)
-    report, predictions = _evaluate(trained.model.to(world.device), data, world, precision)
-    if not world.is_main:
-        return report
-    by_class = report_classes(source.targets, predictions.classes[:, 0].numpy(), data.num_classes)
-    real = real_accuracy(labels, predictions) if labels is not None else None
-    report |= figures(predictions, source, by_class, real) | _subject(trained, data)
-    console.print(report_table(trained.settings.name, report))
-    write_report(trained.path.parent, report)
-    print(f"top-1 {report['top1']:.2f}")
-    if (predictions_file := settings.file("predictions")) is not None:
-        write_predictions(predictions_file, predictions, source)
-    if (class_file := settings.file("per_class")) is not None:
-        write_class_report(class_file, by_class, data.classes, describe_classes(data.classes))
-    return report
-
-
-def _subject(trained: Trained, data: ImageData) -> dict[str, Any]:
-    """What was evaluated."""
-    return {
-        "weights": trained.weights,
-        "checkpoint": str(trained.path),
-        "step": trained.step,
-        "data": str(data.root),
-        "differences": differing_data(trained.own_data, trained.data),
-        "loader": data.settings.loader,
-        "noise": data.settings.is_noise,
-    }
-
-
-def _evaluate(
-    model: nn.Module, data: ImageData, world: World, autocast: AbstractContextManager
-) -> tuple[dict[str, Any], Predictions]:
-    """One pass over all ranks: its counts, and the predictions for each image."""
-    present = _classes_to_choose_from(data)
-    batches = data.evaluation_batches(world)
-    table = PredictionTable(batches.images, int(present.sum()), world)
-    report = evaluate(
-        {"model": model},
-        batches,
-        batches.images,
-        world,
-        autocast,
-        among=None if present.all() else present.to(world.device),
-        observe=lambda _, targets, logits: table.add(targets, logits),
-    )["model"]
-    return report | {"classes": int(present.sum())}, table.gather()
-
-
-def _classes_to_choose_from(data: ImageData) -> torch.Tensor:
-    """(N,) bool: all classes; of a benchmark those that it has. Says what is unusual about it."""
-    source = data.sources["val"]
-    if data.layout != "benchmark":
-        return torch.ones(data.num_classes, dtype=torch.bool)
-    present = torch.zeros(data.num_classes, dtype=torch.bool)
-    present[torch.from_numpy(source.targets)] = True
-    if not present.all():
-        log.info("%d of the %d classes are there: predictions are made among these", present.sum(), len(present))
-    folder, name = Path(source.name(0)).parts[0], data.classes[source.targets[0]]
-    if folder != name:
-        log.info("the class folders are numbers: %s is %s, and so on in the training's order", folder, name)
-    return present
+def _evaluate(path: Path, settings: EvaluationSettings, world: World, console: Console) -> tuple[str, dict[str, Any]]:
+    """Name of the task, and its report."""
+    state = load_checkpoint(path)
+    require_entries(state, path, "config")
+    task = state["config"].get("task", LATER_KEYS["task"])
+    return task, task_settings(task).evaluator().evaluate_checkpoint(path, state, settings, world, console)

@@ -8,13 +8,14 @@ from typing import Any, cast
 from timm.data import ImageNetInfo
 from torch import nn
 
-from contextual_cnn.checkpoint import load_checkpoint
-from contextual_cnn.checkpoint_entries import choose_weights, require_entries
-from contextual_cnn.checkpoint_files import find_checkpoint
 from contextual_cnn.errors import UserError
 from contextual_cnn.models.restore import restore_model
+from contextual_cnn.runs.checkpoint import load_checkpoint
+from contextual_cnn.runs.checkpoint_entries import choose_weights, require_entries
+from contextual_cnn.runs.checkpoint_files import find_checkpoint
 from contextual_cnn.schema import Group, check_config
-from contextual_cnn.settings.data import LATER_KEYS, DataSettings
+from contextual_cnn.settings.data import DataSettings
+from contextual_cnn.settings.keys import LATER_KEYS
 from contextual_cnn.settings.model import ModelSettings
 
 _SCHEMA = {"model": Group(ModelSettings), "data": Group(DataSettings)}
@@ -72,7 +73,13 @@ def load_model(checkpoint: str, weights: str = "auto", data: Mapping[str, Any] |
         UserError: no such checkpoint, a damaged one, one whose config is refused, or weights that it does not hold.
     """
     path = find_checkpoint(checkpoint)
-    state = load_checkpoint(path)
+    return restore(path, load_checkpoint(path), weights, data)
+
+
+def restore(
+    path: Path, state: Mapping[str, Any], weights: str = "auto", data: Mapping[str, Any] | None = None
+) -> Trained:
+    """As `load_model`, of a file that has been read."""
     require_entries(state, path, "config", "classes", "best", "ema")
     name, tensors = choose_weights(state, weights)
     config = {**state["config"], "data": _with_later_keys(state["config"].get("data"))}
@@ -98,7 +105,7 @@ def load_model(checkpoint: str, weights: str = "auto", data: Mapping[str, Any] |
 
 
 def _with_later_keys(data: Any) -> Any:
-    return LATER_KEYS | data if isinstance(data, dict) else data
+    return LATER_KEYS["data"] | data if isinstance(data, dict) else data
 
 
 def _check_config(config: Mapping[str, Any], classes: int) -> None:

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from contextual_cnn.batch_plan import BatchPlan
 from contextual_cnn.data.bad_images import BadImages
 from contextual_cnn.data.image_data import ImageData
 from contextual_cnn.data.reader import read_image
-from contextual_cnn.data.sampler import BatchPlan, TrainSampler
+from contextual_cnn.data.sampler import TrainSampler
 from contextual_cnn.data.sources import open_source
 from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError

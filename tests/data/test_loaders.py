@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
+from contextual_cnn.batch_plan import BatchPlan
 from contextual_cnn.data import dali
 from contextual_cnn.data.augmentation import Augmentation
 from contextual_cnn.data.image_data import ImageData
 from contextual_cnn.data.randaugment import pil_ops
 from contextual_cnn.data.randaugment.policy import fill_color
-from contextual_cnn.data.sampler import BatchPlan, TrainSampler
+from contextual_cnn.data.sampler import TrainSampler
 from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError
 from contextual_cnn.settings.augment import AugmentSettings

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from contextual_cnn.batch_plan import BatchPlan
 from contextual_cnn.data.image_data import ImageData
 from contextual_cnn.data.reader import BatchReader
-from contextual_cnn.data.sampler import BatchPlan
 from contextual_cnn.data.sources import open_source
 from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from contextual_cnn.batch_plan import BatchPlan
 from contextual_cnn.data.image_data import ImageData
-from contextual_cnn.data.sampler import BatchPlan
 from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError
 from contextual_cnn.settings.augment import AugmentSettings

@@ -8,11 +8,12 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from contextual_cnn.batch_plan import BatchPlan
 from contextual_cnn.data import random_erasing, synthetic_loader, torch_loader
 from contextual_cnn.data.augmentation import Augmentation
 from contextual_cnn.data.on_device import augment, normalise
 from contextual_cnn.data.randaugment.policy import ImageOps, Op
-from contextual_cnn.data.sampler import BatchPlan, MicroBatch, TrainSampler
+from contextual_cnn.data.sampler import MicroBatch, TrainSampler
 from contextual_cnn.data.transfer import to_device
 from contextual_cnn.distributed import World
 from contextual_cnn.settings.augment import AugmentSettings

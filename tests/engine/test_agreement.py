@@ -8,10 +8,13 @@ import torch
 from torch import nn
 
 from contextual_cnn.data.sources.source import ImageFiles
-from contextual_cnn.engine import agreement
-from contextual_cnn.engine.agreement import check_agreement, digest_code, digest_config, digest_listing, operators
 from contextual_cnn.errors import UserError
-from contextual_cnn.models.contextual_conv import ContextualConv2d
+from contextual_cnn.models.contextual_conv import ContextualConv2d, operators
+from contextual_cnn.runs import agreement
+from contextual_cnn.runs.agreement import check_agreement, digest_code, digest_config
+from contextual_cnn.settings.keys import marked
+from contextual_cnn.tasks.image_classification.settings import ImageClassificationSettings
+from contextual_cnn.tasks.image_classification.task import _digest_listing as digest_listing
 
 CONFIG = {"seed": 0, "data": {"root": "/a", "threads": 2, "image_size": 32}}
 
@@ -21,9 +24,11 @@ def folder(*paths, root="/a", targets=(0, 1)):
 
 
 def test_the_place_of_the_data_may_differ_and_nothing_else():
-    assert digest_config(CONFIG) == digest_config({**CONFIG, "data": {"root": "/b", "threads": 4, "image_size": 32}})
-    assert digest_config(CONFIG) != digest_config({**CONFIG, "seed": 1})
-    assert digest_config(CONFIG) != digest_config({**CONFIG, "data": {**CONFIG["data"], "image_size": 64}})
+    by_node = tuple(marked(ImageClassificationSettings, "by_node"))
+    mine = digest_config(CONFIG, by_node)
+    assert mine == digest_config({**CONFIG, "data": {"root": "/b", "threads": 4, "image_size": 32}}, by_node)
+    assert mine != digest_config({**CONFIG, "seed": 1}, by_node)
+    assert mine != digest_config({**CONFIG, "data": {**CONFIG["data"], "image_size": 64}}, by_node)
     listing = digest_listing(folder("a", "b"))
     assert listing == digest_listing(folder("a", "b", root="/b"))
     not_utf_8 = folder("a", os.fsdecode(b"b\xe9"))

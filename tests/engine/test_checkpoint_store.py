@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from contextual_cnn.checkpoint import Manifest, load_checkpoint, step_of
-from contextual_cnn.engine import checkpoint_store
-from contextual_cnn.engine.checkpoint_store import CheckpointStore
 from contextual_cnn.errors import UserError
+from contextual_cnn.runs import checkpoint_store
+from contextual_cnn.runs.checkpoint import Manifest, load_checkpoint, step_of
+from contextual_cnn.runs.checkpoint_store import CheckpointStore
 from contextual_cnn.settings.checkpoint import CheckpointSettings
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from contextual_cnn.engine.class_report import report_classes, write_class_report
 from contextual_cnn.errors import UserError
+from contextual_cnn.tasks.image_classification.class_report import report_classes, write_class_report
 
 
 def test_the_figures_are_scikit_learns():

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from contextual_cnn.engine.csv_file import write_csv
+from contextual_cnn.runs.csv_file import write_csv
 
 
 def cells(path):

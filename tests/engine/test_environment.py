@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from contextual_cnn.engine.environment import Report, print_report
+from contextual_cnn.runs.environment import Report, print_report
 
 
 def test_a_report_is_whole_after_every_finding(tmp_path, capsys):

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from contextual_cnn.engine.evaluation_report import differing_data, write_report
 from contextual_cnn.settings.data import DataSettings
+from contextual_cnn.tasks.image_classification.report import differing_data, write_report
 
 OWN = DataSettings(root="/data/imagenet")
 OTHER = {

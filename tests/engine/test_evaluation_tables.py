@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from contextual_cnn.engine.evaluation_tables import ranking, report_table
+from contextual_cnn.tasks.image_classification.tables import ranking, report_table
 
 REPORT = {
     "checkpoint": "runs/[one]/best.pt",

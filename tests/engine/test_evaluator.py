@@ -9,11 +9,26 @@ import torch
 from contextual_cnn.contracts import Batch, StagedScores
 from contextual_cnn.distributed import World
 from contextual_cnn.engine.evaluator import evaluate
-from contextual_cnn.engine.metrics import labels_of, stage_hits, top_hits
 from contextual_cnn.models import build_model
 from contextual_cnn.settings.model import ModelSettings
+from contextual_cnn.tasks.image_classification.hits import labels_of, stage_hits, top_hits
+from contextual_cnn.tasks.image_classification.measure import Accuracy
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
+
+
+class Pass:
+    """Some batches as a whole split."""
+
+    def __init__(self, batches, samples, *options):
+        self.batches, self.samples, self._options = batches, samples, options
+
+    def measure(self, model):
+        return Accuracy(model, WORLD, *self._options)
+
+
+def evaluated(model, batches, samples, *options):
+    return evaluate({"raw": model}, Pass(batches, samples, *options), WORLD, contextlib.nullcontext())["raw"]
 
 
 def batches(sizes, classes=10):
@@ -23,9 +38,9 @@ def batches(sizes, classes=10):
 def test_uneven_batches_are_counted_as_one_pass_of_images():
     model = build_model(ModelSettings(name="contextual_convnext_atto", num_classes=10))
     data = batches((5, 3, 1))
-    split = evaluate({"raw": model}, data, 9, WORLD, contextlib.nullcontext())["raw"]
+    split = evaluated(model, data, 9)
     whole = Batch(torch.cat([b.images for b in data]), torch.cat([b.targets for b in data]))
-    together = evaluate({"raw": model}, [whole], 9, WORLD, contextlib.nullcontext())["raw"]
+    together = evaluated(model, [whole], 9)
     with torch.no_grad():
         scores = model.eval()(whole.images, staged=True)
     assert (
@@ -45,14 +60,14 @@ def test_uneven_batches_are_counted_as_one_pass_of_images():
 def test_recall_is_named_by_the_stage_that_made_the_shortlist(contextual, named):
     """These names alone, so that a rank without images, which names its sums by the model, has the same."""
     model = build_model(ModelSettings(name="contextual_convnext_atto", num_classes=10, contextual_stages=contextual))
-    report = evaluate({"raw": model}, batches((3,)), 3, WORLD, contextlib.nullcontext())["raw"]
+    report = evaluated(model, batches((3,)), 3)
     assert {name for name in report if name.startswith("recall")} == {f"recall_stage{stage}" for stage in named}
 
 
 def test_the_loss_is_finite_where_classes_have_been_dropped():
     model = build_model(ModelSettings(name="contextual_convnext_atto", num_classes=10, selection="reduce"))
     (batch,) = batches((40,))
-    report = evaluate({"raw": model}, [batch], 40, WORLD, contextlib.nullcontext())["raw"]
+    report = evaluated(model, [batch], 40)
     with torch.no_grad():
         logits = model.eval()(batch.images)
     kept = [b for b in range(40) if logits[b, batch.targets[b]] != -torch.inf]
@@ -65,12 +80,12 @@ def test_an_image_lost_or_counted_twice_is_noticed():
     model = build_model(ModelSettings(name="convnext_atto", num_classes=10))
     for sizes in ((4,), (4, 2)):
         with pytest.raises(RuntimeError, match="of a split of 5"):
-            evaluate({"raw": model}, batches(sizes), 5, WORLD, contextlib.nullcontext())
+            evaluated(model, batches(sizes), 5)
 
 
 def test_models_return_in_their_mode_and_without_images_nothing_breaks():
     model = build_model(ModelSettings(name="convnext_atto", num_classes=3)).train()
-    evaluate({"raw": model}, batches((2,), 3), 2, WORLD, contextlib.nullcontext())
+    evaluated(model, batches((2,), 3), 2)
     assert model.training
 
 
@@ -81,10 +96,7 @@ def test_a_prediction_among_some_of_the_classes_by_hand():
     (batch,) = (Batch(torch.randn(30, 3, 32, 32), torch.tensor(subset * 10)),)
     among, observed = torch.zeros(10, dtype=torch.bool), []
     among[subset] = True
-    report = evaluate(
-        {"raw": model}, [batch], 30, WORLD, contextlib.nullcontext(), among=among,
-        observe=lambda name, targets, logits: observed.append((name, logits)),
-    )["raw"]  # fmt: skip
+    report = evaluated(model, [batch], 30, among, lambda targets, logits: observed.append(logits))
     with torch.no_grad():
         logits = model.eval()(batch.images)
     hits, losses = 0, []
@@ -96,8 +108,7 @@ def test_a_prediction_among_some_of_the_classes_by_hand():
     assert report["top1"] != pytest.approx(100 * (logits.argmax(1) == batch.targets).float().mean().item())
     assert report["top5"] == 100  # of three
     assert report["loss"] == pytest.approx(sum(losses) / 30, rel=1e-4)
-    ((name, seen),) = observed
-    assert name == "raw"
+    (seen,) = observed
     assert (seen[:, ~among] == -torch.inf).all()
     assert torch.equal(seen[:, among], logits[:, among])
 

@@ -10,8 +10,8 @@ import pytest
 import wandb
 from wandb.proto.wandb_internal_pb2 import RunRecord
 
-from contextual_cnn.engine.loggers import JsonLinesLogger, open_loggers, read_metrics
 from contextual_cnn.errors import UserError
+from contextual_cnn.runs.loggers import JsonLinesLogger, open_loggers, read_metrics
 from contextual_cnn.settings.logger import LoggerSettings
 
 
@@ -88,7 +88,7 @@ def test_unreachable_wandb_goes_offline_in_seconds(tmp_path, monkeypatch):
     """The real client, a key, and nobody at the address: a closed port of this machine."""
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr("contextual_cnn.engine.wandb_logger._INIT_TIMEOUT", 3)
+    monkeypatch.setattr("contextual_cnn.runs.wandb_logger._INIT_TIMEOUT", 3)
     started = time.perf_counter()
     logger = open_loggers(tmp_path, LoggerSettings(wandb="auto"), {"lr": 0.1}, "name", 0)
     assert time.perf_counter() - started < 60  # its own patience is 100 s

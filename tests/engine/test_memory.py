@@ -8,17 +8,17 @@ import torch
 
 import train
 from contextual_cnn import cli
-from contextual_cnn.engine.memory import GrowthWatch
 from contextual_cnn.engine.training_step import TrainingStep
+from contextual_cnn.guards.memory import GrowthWatch
 from tests.conftest import run_python, small_run
 
 
 @pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # torchrun's error file wants the real stderr
 def test_a_gpu_that_is_too_small_is_told_a_batch_that_keeps_the_recipe(image_root, tmp_path, monkeypatch, capsys):
-    def refuse(training_step, step, batches):
+    def refuse(training_step, batch, last):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(TrainingStep, "_step", refuse)
+    monkeypatch.setattr(TrainingStep, "_accumulate", refuse)
     monkeypatch.setattr(sys, "argv", small_run(image_root, tmp_path))
     with pytest.raises(SystemExit) as stopped:
         cli.run(train.main)
@@ -39,7 +39,7 @@ def test_growth_is_said_once_for_each_quarter(caplog):
 def test_the_memory_is_this_processs():
     """In a process of its own: here other threads take and give back memory."""
     program = (
-        "from contextual_cnn.engine.memory import resident_gib; before = resident_gib(); "
+        "from contextual_cnn.guards.memory import resident_gib; before = resident_gib(); "
         "ballast = bytearray(b'x') * 2**29; print(resident_gib() - before)"
     )
     done = run_python("-c", program)

@@ -9,9 +9,9 @@ import torch
 from contextual_cnn.data.sampler import evaluation_batches
 from contextual_cnn.data.sources.source import ImageFiles
 from contextual_cnn.distributed import World
-from contextual_cnn.engine.own_files import check_writable
-from contextual_cnn.engine.predictions import Predictions, PredictionTable, write_predictions
 from contextual_cnn.errors import UserError
+from contextual_cnn.runs.own_files import check_writable
+from contextual_cnn.tasks.image_classification.predictions import Predictions, PredictionTable, write_predictions
 
 CPU = torch.device("cpu")
 

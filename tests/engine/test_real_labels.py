@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from contextual_cnn.data.sources.source import ImageFiles
-from contextual_cnn.engine.predictions import Predictions
-from contextual_cnn.engine.real_labels import RealAccuracy, read_real_labels, real_accuracy
 from contextual_cnn.errors import UserError
+from contextual_cnn.tasks.image_classification.predictions import Predictions
+from contextual_cnn.tasks.image_classification.real_labels import RealAccuracy, read_real_labels, real_accuracy
 
 
 def images(root, *numbers):

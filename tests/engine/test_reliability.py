@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from contextual_cnn.engine.reliability import expected_calibration_error, wilson_interval
+from contextual_cnn.tasks.image_classification.reliability import expected_calibration_error, wilson_interval
 
 
 @pytest.mark.parametrize(("hits", "images"), [(41_050, 50_000), (1, 3), (7, 18)])

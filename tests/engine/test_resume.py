@@ -5,11 +5,11 @@ import logging
 import pytest
 import torch
 
-from contextual_cnn.checkpoint import write_checkpoint
-from contextual_cnn.data.sampler import BatchPlan
-from contextual_cnn.engine.checkpoint_store import CheckpointStore
-from contextual_cnn.engine.resume import load_newest
+from contextual_cnn.batch_plan import BatchPlan
 from contextual_cnn.errors import UserError
+from contextual_cnn.runs.checkpoint import write_checkpoint
+from contextual_cnn.runs.checkpoint_store import CheckpointStore
+from contextual_cnn.runs.resume import load_newest
 from contextual_cnn.settings.checkpoint import CheckpointSettings
 
 CONFIG = {
@@ -23,10 +23,15 @@ def plan(**changes):
     return BatchPlan.make(**dict(images=9, global_batch=8, micro_batch=4, world_size=2) | changes)
 
 
+def resumed(store, config, plan, policy, classes=("a",), listing="abc"):
+    record = {"config": config, "classes": list(classes), "images": plan.images, "listing": listing}
+    return load_newest(store, record, plan, policy, ("data.root", "trainer.log_every"))
+
+
 @pytest.fixture
 def store(tmp_path):
     store = CheckpointStore(tmp_path, CheckpointSettings())
-    assert load_newest(store, CONFIG, ("a",), "abc", plan(), "auto") is None
+    assert resumed(store, CONFIG, plan(), "auto") is None
     store.save(
         {
             "model": {"w": torch.ones(3)},
@@ -53,41 +58,41 @@ def test_a_checkpoint_without_an_entry_is_refused(store, entry):
     del state[entry]
     write_checkpoint(state, store.last)
     with pytest.raises(UserError, match=entry):
-        load_newest(store, CONFIG, ("a",), "abc", plan(), "anyway")
+        resumed(store, CONFIG, plan(), "anyway")
 
 
 def test_what_makes_no_other_run_may_change(store):
     moved = CONFIG | {"data": {"root": "/b"}, "trainer": CONFIG["trainer"] | {"log_every": 50}}
-    assert load_newest(store, moved, ("a",), "abc", plan(), "auto")["step"] == 7
+    assert resumed(store, moved, plan(), "auto")["step"] == 7
 
 
 def test_a_run_from_before_data_interpolation_was_bicubic(store):
     now = CONFIG | {"data": CONFIG["data"] | {"interpolation": "bicubic"}}
-    assert load_newest(store, now, ("a",), "abc", plan(), "auto")["step"] == 7
+    assert resumed(store, now, plan(), "auto")["step"] == 7
     now["data"]["interpolation"] = "bilinear"
     with pytest.raises(UserError, match=r"data.interpolation: bicubic -> bilinear"):
-        load_newest(store, now, ("a",), "abc", plan(), "auto")
+        resumed(store, now, plan(), "auto")
 
 
 def test_another_recipe_or_other_data_are_refused_or_mentioned(store, caplog):
     changed = CONFIG | {"optimizer": {"lr": 0.2}}
     with pytest.raises(UserError, match=r"optimizer.lr: 0.1 -> 0.2"):
-        load_newest(store, changed, ("a",), "abc", plan(), "auto")
+        resumed(store, changed, plan(), "auto")
     with pytest.raises(UserError, match=r"training images: 9 files \(hash abc\) -> 10 files \(hash def\)"):
-        load_newest(store, CONFIG, ("a",), "def", plan(images=10), "auto")
-    assert load_newest(store, changed, ("a",), "def", plan(images=10), "anyway")["step"] == 7
+        resumed(store, CONFIG, plan(images=10), "auto", listing="def")
+    assert resumed(store, changed, plan(images=10), "anyway", listing="def")["step"] == 7
     assert "resuming with another value than before: optimizer.lr: 0.1 -> 0.2" in caplog.text
     with pytest.raises(UserError, match="other classes"):
-        load_newest(store, CONFIG, ("b",), "abc", plan(), "anyway")
+        resumed(store, CONFIG, plan(), "anyway", classes=["b"])
 
 
 def test_another_number_of_processes_is_said_and_another_global_batch_refused(store, caplog):
     caplog.set_level(logging.INFO)
-    assert load_newest(store, CONFIG, ("a",), "abc", plan(world_size=1), "auto")["step"] == 7
+    assert resumed(store, CONFIG, plan(world_size=1), "auto")["step"] == 7
     assert "of 2 processes, these are 1" in caplog.text
     assert "no image of the epoch is lost or repeated" in caplog.text
     assert "drawn anew" not in caplog.text
-    load_newest(store, CONFIG, ("a",), "abc", plan(micro_batch=2), "auto")
+    resumed(store, CONFIG, plan(micro_batch=2), "auto")
     assert "micro-batches of 2 images instead of 4" in caplog.text
     with pytest.raises(UserError, match=r"counts steps of 8 images, trainer.global_batch_size=6"):
-        load_newest(store, CONFIG, ("a",), "abc", plan(global_batch=6, micro_batch=3), "anyway")
+        resumed(store, CONFIG, plan(global_batch=6, micro_batch=3), "anyway")

@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from contextual_cnn.engine import run_folder
-from contextual_cnn.engine.run_folder import RunFolder
 from contextual_cnn.errors import UserError
+from contextual_cnn.runs import run_folder
+from contextual_cnn.runs.run_folder import RunFolder
 
 
 def test_a_folder_in_which_nothing_was_written_is_removed(tmp_path):

@@ -8,14 +8,14 @@ import time
 
 import pytest
 
-from contextual_cnn.engine.stopping import StopRequest
 from contextual_cnn.errors import UserError
+from contextual_cnn.guards.stopping import StopRequest
 from contextual_cnn.settings.trainer import TrainerSettings
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 PREPARED = """
 import hashlib, os, signal, sys, time
-from contextual_cnn.engine import stopping
+from contextual_cnn.guards import stopping
 assert "torch" not in sys.modules
 stopping._PATIENCE = 0.5
 stopping.end_when_asked()

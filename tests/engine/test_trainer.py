@@ -1,17 +1,28 @@
-"""The training loop's own remarks; the loop itself is run by the commands of test_command_line.py."""
+"""What the task says of a run; the loop itself is run by the commands of test_command_line.py."""
 
 from types import SimpleNamespace
 
-from contextual_cnn.engine.trainer import Trainer
 from contextual_cnn.models import build_model
 from contextual_cnn.settings.model import ModelSettings
+from contextual_cnn.tasks.image_classification.task import ImageClassification
+
+STEP = {"loss": 5.0, "loss_stage3": 2.0, "loss_stage4": 3.0, "recall_stage3": 61.0}
 
 
-def test_a_shortlist_no_better_than_chance_is_named_by_its_stage(caplog):
+def test_a_shortlist_no_better_than_chance_is_named_by_its_stage():
     model = build_model(
         ModelSettings(name="contextual_convnext_atto", num_classes=10, contextual_stages=[3, 4], class_counts=[8, 4, 2])
     )
-    trainer = SimpleNamespace(train_step=SimpleNamespace(module=model), data=SimpleNamespace(num_classes=10))
-    Trainer._warn_of_collapse(trainer, {"recall_stage2": 41.0, "recall_stage3": 90.0})
-    (warning,) = caplog.records
-    assert warning.args == (2, 41.0, 40.0)
+    task = SimpleNamespace(data=SimpleNamespace(num_classes=10))
+    (remark,) = ImageClassification.remarks(task, model, {"recall_stage2": 41.0, "recall_stage3": 90.0})
+    assert "stage 2" in remark
+    assert "41.0 %" in remark
+    assert "40.0 %" in remark
+
+
+def test_a_step_and_an_evaluation_name_the_stage_of_each_figure():
+    assert ImageClassification.describe_step(None, STEP) == "loss 5.000 (s3 2.00 s4 3.00), recall s3 61 %"
+    assert ImageClassification.describe_step(None, {"loss": 5.0, "loss_stage4": 5.0}) == "loss 5.000"
+    report = {"top1": 50.0, "top5": 80.0, "recall_stage2": 90.0, "recall_stage3": 70.0}
+    told = ImageClassification.describe_evaluation(None, {"raw": report})
+    assert "recall s2 90 s3 70 %" in told

@@ -1,22 +1,29 @@
 """What a step refuses to go on with, and says when it cannot be made."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from contextual_cnn.batch_plan import BatchPlan
 from contextual_cnn.contracts import Batch
-from contextual_cnn.data.sampler import BatchPlan
 from contextual_cnn.distributed import World
 from contextual_cnn.engine.training_step import TrainingStep
 from contextual_cnn.errors import UserError
-from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.optim import build_optimizer, build_schedule
+from contextual_cnn.settings.augment import AugmentSettings
+from contextual_cnn.settings.data import DataSettings
+from contextual_cnn.settings.loss import LossSettings
+from contextual_cnn.settings.model import ModelSettings
 from contextual_cnn.settings.optimizer import OptimizerSettings
 from contextual_cnn.settings.schedule import ScheduleSettings
 from contextual_cnn.settings.trainer import TrainerSettings
+from contextual_cnn.task import Position
+from contextual_cnn.tasks.image_classification.settings import ImageClassificationSettings
+from contextual_cnn.tasks.image_classification.task import ImageClassification
 
 
 class WithStatistics(nn.Sequential):
@@ -37,18 +44,27 @@ class Small(nn.Module):
 
 def training_step(model, state=None, micro_batch=8, optimizer=None, **settings):
     optimizer = optimizer or build_optimizer(model, OptimizerSettings(), 4096)
+    plan = BatchPlan.make(images=16, global_batch=8, micro_batch=micro_batch, world_size=1)
     return TrainingStep(
         TrainerSettings(**dict(ema_decay=None) | settings),
-        model=model,
-        loss=StagedCrossEntropy(),
-        optimizer=optimizer,
-        schedule=build_schedule(optimizer, ScheduleSettings(), 10),
-        augment=lambda batch: batch,
-        plan=BatchPlan.make(images=16, global_batch=8, micro_batch=micro_batch, world_size=1),
-        seed=0,
-        world=World(0, 1, 0, torch.device("cpu")),
-        state=state,
+        task(),
+        model,
+        optimizer,
+        build_schedule(optimizer, ScheduleSettings(), 10),
+        Position(plan, 0, World(0, 1, 0, torch.device("cpu"))),
+        state,
     )
+
+
+def task():
+    """Image classification without its data; nothing is mixed."""
+    settings = ImageClassificationSettings(
+        model=ModelSettings(name="resnet18"),
+        data=DataSettings(root=""),
+        augment=AugmentSettings(erasing=0.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0),
+        loss=LossSettings(),
+    )
+    return ImageClassification(settings, SimpleNamespace(num_classes=2, sources={}))
 
 
 def test_moments_of_other_parameters_are_refused():

@@ -5,9 +5,9 @@ import logging
 import pytest
 import torch
 
-from contextual_cnn.checkpoint import DamagedCheckpoint
 from contextual_cnn.errors import UserError
 from contextual_cnn.models import build_model
+from contextual_cnn.runs.checkpoint import DamagedCheckpoint
 from contextual_cnn.settings.model import ModelSettings
 from tests.hostile import write_whole
 from tests.scripts.run_folders import write_run

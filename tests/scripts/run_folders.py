@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from contextual_cnn.checkpoint import write_checkpoint
 from contextual_cnn.models import build_model
+from contextual_cnn.runs.checkpoint import write_checkpoint
 from contextual_cnn.settings.model import ModelSettings
 from tests.conftest import wake_up
 

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
+from contextual_cnn.batch_plan import BatchPlan
 from contextual_cnn.data.image_data import ImageData
-from contextual_cnn.data.sampler import BatchPlan
 from contextual_cnn.distributed import World
 from contextual_cnn.errors import run_script
 from contextual_cnn.settings.augment import AugmentSettings

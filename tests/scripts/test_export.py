@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import contextual_cnn.models  # noqa: F401 - registers them
-from contextual_cnn.checkpoint import write_checkpoint
+from contextual_cnn.runs.checkpoint import write_checkpoint
 from tests.conftest import run_command
 from tests.scripts.run_folders import CLASSES, SIZE, write_run
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from contextual_cnn.engine.loggers import read_metrics
+from contextual_cnn.runs.loggers import read_metrics
 from tests.conftest import ROOT, small_run
 
 pytestmark = pytest.mark.run

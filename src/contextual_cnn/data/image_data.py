@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from contextual_cnn.batch_plan import BatchPlan
 from contextual_cnn.data.augmentation import Augmentation
 from contextual_cnn.data.bad_images import BadImages
-from contextual_cnn.data.sampler import BatchPlan, ShardWindows, TrainSampler
+from contextual_cnn.data.sampler import ShardWindows, TrainSampler
 from contextual_cnn.data.sources import ImageSource, Layout, find_layout, open_source, read_exclude_list
 from contextual_cnn.data.sources.folder_listing import describe_not_read
 from contextual_cnn.errors import UserError

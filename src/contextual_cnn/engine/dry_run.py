@@ -18,11 +18,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from contextual_cnn.distributed import gather_numbers
-from contextual_cnn.engine.checkpoint_store import FILES, tensor_bytes
-from contextual_cnn.engine.own_files import replaced
 from contextual_cnn.engine.trainer import Trainer
 from contextual_cnn.errors import UserError
-from contextual_cnn.models import describe
+from contextual_cnn.runs.checkpoint_store import FILES, tensor_bytes
+from contextual_cnn.runs.own_files import replaced
 
 _MICRO_BATCHES = 8  # measured at least: more than a loader holds ready, so that its own speed shows
 _POINTS = 1000  # of the schedule's picture
@@ -81,11 +80,11 @@ def rehearse(trainer: Trainer, folder: Path) -> Forecast:
     peak, memory = _memory(trainer.world.device)
     checkpoint = tensor_bytes(trainer.train_step.state())
     return Forecast(
-        model=trainer.config["model"]["name"],
+        model=trainer.record["config"]["model"]["name"],
         parameters=sum(parameter.numel() for parameter in trainer.train_step.module.parameters()),
         device=_device_name(trainer.world.device),
-        images={split: len(source) for split, source in trainer.data.sources.items()},
-        classes=trainer.data.num_classes,
+        images=trainer.task.samples(),
+        classes=len(trainer.record["classes"]),
         processes=plan.world_size,
         global_batch=plan.global_batch,
         micro_batch=plan.micro_batch,
@@ -134,7 +133,7 @@ def report(trainer: Trainer, forecast: Forecast, folder: Path, console: Console)
 
 def _measure(trainer: Trainer, steps: int) -> dict[str, float]:
     """The metrics of a few steps after the first, which compiles, tunes and allocates."""
-    batches = trainer.data.train_batches(trainer.plan, trainer.augment, trainer.seed, trainer.world, trainer.step)
+    batches = trainer.task.batches(trainer.position.at(trainer.step))
     trainer.train_step.module.train()
     trainer.train_step(trainer.step, batches)
     trainer.meter.read()
@@ -163,12 +162,11 @@ def _table(trainer: Trainer, forecast: Forecast) -> Table:
     top = next(step for step, rate in rates if rate == peak)
     left = f"; {f.first_step} are done" if f.first_step else ""
     rows = {
-        "data": f"{trainer.data.root}: " + ", ".join(f"{split} {n} images" for split, n in f.images.items())
-        + f", {f.classes} classes",
+        "data": _data(trainer, forecast),
         "batches": str(trainer.plan),
         "steps": f"{f.steps_per_epoch} an epoch, {f.steps} in all{left}",
         "learning rate": f"{rates[0][1]:.3g} -> {peak:.3g} at step {top} -> {rates[-1][1]:.3g} (lr_schedule.png)",
-        "model": f"{f.model}: {describe(trainer.train_step.module)}",
+        "model": trainer.task.describe(trainer.train_step.module),
         "loss of the measured steps": f"{f.loss:.4f}",
         "peak memory of a process, training": f"{_gib(f.peak_memory)} of {_gib(f.memory)} ({f.device})",
         "speed": f"{f.seconds_per_step:.3g} s a step, {f.images_per_second:.1f} images/s, "
@@ -190,6 +188,11 @@ def _table(trainer: Trainer, forecast: Forecast) -> Table:
     for name, value in rows.items():
         table.add_row(name, escape(value), style="red" if alarming.get(name) else None)
     return table
+
+
+def _data(trainer: Trainer, forecast: Forecast) -> str:
+    counts = ", ".join(f"{split} {count} images" for split, count in forecast.images.items())
+    return f"{trainer.record['config']['data']['root']}: {counts}, {forecast.classes} classes"
 
 
 def _gib(size: int) -> str:

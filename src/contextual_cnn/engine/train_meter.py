@@ -7,10 +7,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from contextual_cnn.contracts import StagedLoss, StagedScores
 from contextual_cnn.distributed import World
-from contextual_cnn.engine.memory import resident_gib
-from contextual_cnn.engine.metrics import Sums, labels_of, stage_hits, top_hits
+from contextual_cnn.engine.sums import Sums
+from contextual_cnn.guards.memory import resident_gib
+from contextual_cnn.task import Batch, Outcome
 
 
 class TrainMeter:
@@ -22,6 +22,7 @@ class TrainMeter:
     def __init__(self, world: World) -> None:
         self._world = world
         self._sums = Sums(world.device)
+        self._percentages: set[str] = set()
         self.skipped_in_a_row = torch.zeros((), device=world.device)
         self.restart_clock()
 
@@ -36,29 +37,26 @@ class TrainMeter:
         self._waited += time.perf_counter() - started
 
     @torch.no_grad()
-    def add_micro_batch(self, scores: StagedScores, loss: StagedLoss, targets: Tensor) -> None:
-        images, labels = len(targets), labels_of(targets)
+    def add_micro_batch(self, outcome: Outcome, batch: Batch) -> None:
+        samples = batch.size
         self._sums.add(
-            images=images,
-            loss=loss.total.detach() * images,
-            **{name: part * images for name, part in loss.parts.items()},
-            **top_hits(scores.logits[-1], labels, ks=(1,)),
-            **stage_hits(scores, labels),
+            images=samples,
+            bad_images=batch.replaced,
+            loss=outcome.loss.detach() * samples,
+            **{name: part * samples for name, part in outcome.parts.items()},
+            **outcome.hits,
         )
+        self._percentages |= outcome.hits.keys()
 
     def add_step(self, norm: Tensor, finite: Tensor) -> None:
         """The gradient's norm of an optimizer step, and whether the step was taken; the same on all ranks."""
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * ~finite
         self._sums.add(steps=1, grad_norm=norm, skipped_steps=~finite)
 
-    def add_bad_images(self, replaced: int) -> None:
-        """Images of this rank that others stand in for, because they cannot be read or decoded."""
-        self._sums.add(bad_images=replaced)
-
     def read(self) -> tuple[dict[str, float], int]:
         """The metrics over all ranks since the last read, and the number of steps in a row that were skipped just now.
 
-        Losses are means over images, top1 and recall percentages, data_wait a percentage of the time.
+        Losses are means over samples, hits percentages of them, data_wait a percentage of the time.
         """
         skipped_in_a_row = int(self.skipped_in_a_row)
         sums = self._sums.read()
@@ -74,7 +72,7 @@ class TrainMeter:
             "host_memory_gib": resident_gib(),
         }
         for name, value in sums.items():
-            metrics[name] = value / images * (100 if name.startswith(("top1", "recall")) else 1)
+            metrics[name] = value / images * (100 if name in self._percentages else 1)
         if self._world.device.type == "cuda":
             metrics["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return metrics, skipped_in_a_row

@@ -1,8 +1,7 @@
 """One optimizer step and the state that it changes: accumulated micro-batches, the guard, the step, the average."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,16 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from contextual_cnn.contracts import Batch, StagedLoss, StagedScores
-from contextual_cnn.data.mixing import BatchAugmentation
-from contextual_cnn.data.sampler import BatchPlan
-from contextual_cnn.distributed import World
-from contextual_cnn.engine.autocast import autocast
 from contextual_cnn.engine.guarded_ema import GuardedEma
-from contextual_cnn.engine.memory import out_of_memory
-from contextual_cnn.engine.nonfinite import explain_nonfinite
+from contextual_cnn.engine.precision import autocast, under
 from contextual_cnn.engine.train_meter import TrainMeter
 from contextual_cnn.errors import UserError
-from contextual_cnn.losses import StagedCrossEntropy
-from contextual_cnn.optim import clip_gradients, step_if_finite
+from contextual_cnn.guards.memory import explained_shortage
+from contextual_cnn.guards.nonfinite import explain_nonfinite
+from contextual_cnn.optim import clip_gradients, may_step
 from contextual_cnn.randomness import Purpose, seed_all
 from contextual_cnn.settings.trainer import TrainerSettings
+from contextual_cnn.task import Batch, Call, Outcome, Position, Task
 
 
 class TrainingStep:
@@ -32,6 +27,7 @@ class TrainingStep:
 
     Args:
         model: on the device, without DDP or compilation around it.
+        position: the batches' plan, the seed and this process; its step means nothing here.
         state: what `state` gave once, or None.
 
     Attributes:
@@ -40,31 +36,22 @@ class TrainingStep:
         meter: what the steps measured.
 
     Raises:
-        UserError: the state is another model's, or the micro-batches are too small for the model.
+        UserError: the state is another model's, or the batches do not fit the model.
     """
 
     def __init__(
         self,
         settings: TrainerSettings,
-        *,
+        task: Task,
         model: nn.Module,
-        loss: StagedCrossEntropy,
         optimizer: torch.optim.Optimizer,
         schedule: Scheduler,
-        augment: BatchAugmentation,
-        plan: BatchPlan,
-        seed: int,
-        world: World,
-        state: dict[str, Any] | None,
+        position: Position,
+        state: dict[str, Any] | None = None,
     ) -> None:
-        self._settings, self._plan, self._seed, self._world = settings, plan, seed, world
-        self.module, self._loss, self.optimizer, self.schedule = model, loss, optimizer, schedule
-        self._augment_batch = augment
-        if plan.micro_batch == 1 and any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
-            raise UserError(
-                "the model's projections have batch norms, which cannot learn from micro-batches of one image",
-                "trainer.micro_batch_size=2 or more, or model.projection_norm=layer",
-            )
+        self._settings, self._task, self.position = settings, task, position
+        self.module, self.optimizer, self.schedule = model, optimizer, schedule
+        task.check_model(model, position.plan)
         self.ema = None
         if settings.ema_decay is not None:
             self.ema = GuardedEma(model, decay=settings.ema_decay, use_warmup=settings.ema_warmup)
@@ -72,12 +59,13 @@ class TrainingStep:
             self.restore(state)
         # Wrapped last: the EMA copy and the checkpoints see the bare module, whose names have no prefix
         self._model = torch.compile(model) if settings.compile else model
+        world = position.world
         if world.size > 1:
             self._model = DistributedDataParallel(
                 self._model,
                 device_ids=[world.device] if world.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
-                static_graph=plan.accumulation == 1,  # with no_sync in the first step it fails inside torch
+                static_graph=position.plan.accumulation == 1,  # with no_sync in the first step it fails inside torch
             )
         self.meter = TrainMeter(world)
 
@@ -90,31 +78,26 @@ class TrainingStep:
         Raises:
             UserError: the GPU's memory does not suffice.
         """
-        try:
-            self._step(step, batches)
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(self._world, self._plan, step) from error
-
-    def _step(self, step: int, batches: Iterator[Batch]) -> None:
-        self.schedule.step_update(step)
-        self.optimizer.zero_grad(set_to_none=True)
-        statistics = [(buffer, buffer.clone()) for buffer in self.module.buffers()]  # of batch norms
-        for accumulated in range(self._plan.accumulation):
-            with self.meter.waiting_for_data():
-                batch = next(batches)
-            self.meter.add_bad_images(batch.replaced)
-            batch = self._augment(batch, step, accumulated)
-            self._accumulate(batch, last=accumulated == self._plan.accumulation - 1)
-        norm = clip_gradients(self.module, self._settings.grad_clip, self._settings.grad_clip_mode)
-        finite = torch.isfinite(norm)  # of the reduced gradient, hence the same on all ranks
-        if self._settings.on_nonfinite == "stop":
-            finite = finite & (self.meter.skipped_in_a_row == 0)  # the first one to be skipped is the last one
-        step_if_finite(self.optimizer, finite)
-        for buffer, before in statistics:  # the forward passes have changed them already
-            buffer.copy_(torch.where(finite, buffer, before))
-        if self.ema is not None:
-            self.ema.update_if(finite, self.module, step=step + 1 if self._settings.ema_warmup else None)
-        self.meter.add_step(norm, finite)
+        plan, settings = self.position.plan, self._settings
+        with explained_shortage(self.position.world, plan, step):
+            self.schedule.step_update(step)
+            self.optimizer.zero_grad(set_to_none=True)
+            statistics = [(buffer, buffer.clone()) for buffer in self.module.buffers()]  # of batch norms
+            for accumulated in range(plan.accumulation):
+                with self.meter.waiting_for_data():
+                    batch = next(batches)
+                self._accumulate(self._prepare(batch, step, accumulated), last=accumulated == plan.accumulation - 1)
+            norm = clip_gradients(self.module, settings.grad_clip, settings.grad_clip_mode)
+            finite = torch.isfinite(norm)  # of the reduced gradient, hence the same on all ranks
+            if settings.on_nonfinite == "stop":
+                finite = finite & (self.meter.skipped_in_a_row == 0)  # the first one to be skipped is the last one
+            if may_step(self.optimizer, finite):
+                self.optimizer.step()
+            for buffer, before in statistics:  # the forward passes have changed them already
+                buffer.copy_(torch.where(finite, buffer, before))
+            if self.ema is not None:
+                self.ema.update_if(finite, self.module, step=step + 1 if settings.ema_warmup else None)
+            self.meter.add_step(norm, finite)
 
     @property
     def lr(self) -> float:
@@ -171,17 +154,13 @@ class TrainingStep:
             folder: gets a micro-batch.
         """
         self.schedule.step_update(step)
-        prepared = (self._augment(next(batches), step, i) for i in range(self._plan.accumulation))
-
-        def loss_of(batch: Batch) -> StagedLoss:
-            return self._forward(self.module, batch)[1]
-
+        prepared = (self._prepare(next(batches), step, i) for i in range(self.position.plan.accumulation))
         found = explain_nonfinite(
-            ((batch, partial(loss_of, batch)) for batch in prepared),
+            ((self._task.evidence(batch), self._forward(self.module, batch)) for batch in prepared),
             folder=folder,
             step=step,
             lr=self.lr,
-            world=self._world,
+            world=self.position.world,
         )
         return UserError(
             f"loss or gradients were not finite for {skipped} steps from step {step + 1} on ({found}); "
@@ -190,27 +169,24 @@ class TrainingStep:
             "trainer.on_nonfinite=rollback, under a new run_name",
         )
 
-    def _augment(self, batch: Batch, step: int, accumulated: int) -> Batch:
-        """All that is drawn for a micro-batch hangs on its number, not on who computes it or what came before."""
-        seed_all(Purpose.MICRO_BATCH, self._seed, self._plan.micro_batch_number(step, accumulated, self._world.rank))
-        return self._augment_batch(batch)
+    def _prepare(self, batch: Batch, step: int, accumulated: int) -> Batch:
+        """All that is drawn for a micro-batch depends on its number, not on who computes it or what came before."""
+        number = self.position.plan.micro_batch_number(step, accumulated, self.position.world.rank)
+        seed_all(Purpose.MICRO_BATCH, self.position.seed, number)
+        return self._task.prepare(batch)
 
-    def _forward(self, model: Callable[..., Any], batch: Batch) -> tuple[StagedScores, StagedLoss]:
-        images = batch.images
-        if self._settings.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with autocast(self._settings.precision, self._world.device):
-            scores = StagedScores.of(model(images))
-        return scores, self._loss(scores, batch.targets)
+    def _forward(self, model: Call, batch: Batch) -> Outcome:
+        context = autocast(self._settings.precision, self.position.world.device)
+        return self._task.forward(under(context, model, self._settings.channels_last), batch)
 
     def _accumulate(self, batch: Batch, last: bool) -> None:
         """Forward and backward of one micro-batch; gradients cross the ranks with the last one only."""
         with self._model.no_sync() if isinstance(self._model, DistributedDataParallel) and not last else nullcontext():
-            scores, loss = self._forward(self._model, batch)
+            outcome = self._forward(self._model, batch)
             # An infinite loss may have finite gradients: made NaN, they reach all ranks, which skip the step alike
-            is_finite = torch.isfinite(loss.total.detach())
-            loss.total.backward(torch.where(is_finite, 1 / self._plan.accumulation, torch.nan))
-        self.meter.add_micro_batch(scores, loss, batch.targets)
+            is_finite = torch.isfinite(outcome.loss.detach())
+            outcome.loss.backward(torch.where(is_finite, 1 / self.position.plan.accumulation, torch.nan))
+        self.meter.add_micro_batch(outcome, batch)
 
 
 def _give_strides_of_parameters(optimizer: torch.optim.Optimizer) -> None:

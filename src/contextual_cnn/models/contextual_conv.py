@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from contextual_cnn.ops import contextual_conv2d
+from contextual_cnn.ops.sampled_conv import implementation_on
 from contextual_cnn.settings.model import Convolution
 
 WITHOUT_CONTEXT = ("without_prior", "deformable", "plain")
@@ -221,3 +222,13 @@ def _zero(layer: nn.Linear | nn.Conv2d) -> None:
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
+
+
+def operators(model: nn.Module, device: torch.device) -> str:
+    """Who computes the model's contextual convolutions in this process: cpp, triton or torch; empty if it has none.
+
+    Raises:
+        UserError: CONTEXTUAL_CNN_OPS names what cannot.
+    """
+    has_any = any(isinstance(module, ContextualConv2d | DeformableConv2d) for module in model.modules())
+    return implementation_on(device) if has_any else ""

@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from contextual_cnn.checkpoint import step_of
 from contextual_cnn.contracts import TimmModel
+from contextual_cnn.runs.checkpoint import step_of
 
 log = logging.getLogger(__name__)
 

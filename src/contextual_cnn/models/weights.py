@@ -12,12 +12,12 @@ from timm.models import load_state_dict
 from timm.models.convnext import checkpoint_filter_fn as original_convnext_names
 from torch import Tensor, nn
 
-from contextual_cnn.checkpoint import is_checkpoint, load_checkpoint
-from contextual_cnn.checkpoint_entries import choose_weights, require_entries
-from contextual_cnn.checkpoint_files import find_checkpoint
 from contextual_cnn.contracts import TimmModel
 from contextual_cnn.errors import UserError
 from contextual_cnn.models.contextual_model import ContextualModel
+from contextual_cnn.runs.checkpoint import is_checkpoint, load_checkpoint
+from contextual_cnn.runs.checkpoint_entries import choose_weights, require_entries
+from contextual_cnn.runs.checkpoint_files import find_checkpoint
 
 log = logging.getLogger(__name__)
 

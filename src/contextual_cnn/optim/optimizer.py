@@ -57,8 +57,9 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
         )
 
 
-def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """One optimizer step, or none at all (weights, moments and their count untouched) if `finite` is False.
+def may_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> bool:
+    """Whether the host is to call `optimizer.step()`, which then changes nothing (weights, moments and their count)
+    if `finite` is False.
 
     Args:
         finite: bool scalar on the parameters' device, the same on all ranks.
@@ -66,6 +67,5 @@ def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
     if optimizer.defaults.get("fused"):
         # The fused kernels look at found_inf themselves, as under a GradScaler: the host need not wait
         optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined] # as it does
-        optimizer.step()
-    elif finite.item():
-        optimizer.step()
+        return True
+    return bool(finite)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 from contextual_cnn.errors import UserError
+from contextual_cnn.settings.keys import may_change
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,9 +13,9 @@ class CheckpointSettings:
     every_steps, every_minutes: and inside an epoch; None leaves that out. Looked at when metrics are logged.
     """
 
-    every_epochs: int = 1
-    every_steps: int | None = None
-    every_minutes: float | None = 10
+    every_epochs: int = may_change(1)
+    every_steps: int | None = may_change(None)
+    every_minutes: float | None = may_change(10)
 
     def __post_init__(self) -> None:
         for key in (field.name for field in fields(self)):

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from contextual_cnn.errors import UserError
+from contextual_cnn.settings.keys import may_change
 
 Interpolation = Literal["bicubic", "bilinear"]  # what timm's pretrained_cfg may name
 
-# What the absence of a key means in the config of a run that was started before there was the key
-LATER_KEYS: dict[str, Any] = {"interpolation": "bicubic"}
 _LARGEST_IMAGE = 8192
 _MOST_THREADS = 512  # of a process; the system ends one that starts too many
 
@@ -42,24 +41,24 @@ class DataSettings:
     max_bad_images: different ones that a process may meet from its start on, training and evaluation together.
     """
 
-    root: str
-    layout: Literal["auto", "folders", "list", "shards", "benchmark", "synthetic"] = "auto"
-    exclude: str | None = None
+    root: str = may_change(by_node=True)
+    layout: Literal["auto", "folders", "list", "shards", "benchmark", "synthetic"] = may_change("auto")
+    exclude: str | None = may_change(None)  # the listing tells whether it changed anything
     limit: int | None = None
     image_size: int = 224
     crop_pct: float = 0.875
     interpolation: Interpolation = "bicubic"
     mean: Sequence[float] = (0.485, 0.456, 0.406)
     std: Sequence[float] = (0.229, 0.224, 0.225)
-    threads: int | None = None
-    prefetch: int = 2
-    eval_batch_size: int = 128
+    threads: int | None = may_change(None, by_node=True)
+    prefetch: int = may_change(2)
+    eval_batch_size: int = may_change(128)
     repeats: int = 1
     shuffle_shards: int | None = None
     loader: Literal["dali", "torch", "synthetic"] = "dali"
     randaugment_on: Literal["loader", "device"] = "loader"
-    on_bad_image: Literal["skip", "stop"] = "skip"
-    max_bad_images: int = 100
+    on_bad_image: Literal["skip", "stop"] = may_change("skip")
+    max_bad_images: int = may_change(100)
 
     def __post_init__(self) -> None:
         if not 32 <= self.image_size <= _LARGEST_IMAGE:

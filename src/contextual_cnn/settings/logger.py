@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from contextual_cnn.settings.keys import may_change
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoggerSettings:
@@ -12,7 +14,7 @@ class LoggerSettings:
     patience: seconds that the end of the run waits for W&B.
     """
 
-    wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    project: str = "contextual-cnn"
-    entity: str | None = None
-    patience: float = 30
+    wandb: Literal["auto", "online", "offline", "off"] = may_change("auto")
+    project: str = may_change("contextual-cnn")
+    entity: str | None = may_change(None)
+    patience: float = may_change(30)

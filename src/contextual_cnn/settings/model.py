@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from contextual_cnn.errors import UserError
+from contextual_cnn.settings.keys import may_change
 
 Convolution = Literal[
     "contextual", "weight_offsets", "sampling_offsets", "extra_input", "without_prior", "deformable", "plain"
@@ -34,7 +35,7 @@ class ModelSettings:
     drop_path_rate: float | None = None
     drop_rate: float = 0.0
     layer_scale: float | None = None
-    grad_checkpointing: bool = False
+    grad_checkpointing: bool = may_change(False)
     weights: str | None = None
     class_counts: Sequence[int] | None = None
     embedding_dim: int | None = None

@@ -1,17 +1,13 @@
-"""All settings of a training run: the keys of conf/train.yaml, with a record for each group."""
+"""The settings that every training run has, whatever its task: the keys of conf/train.yaml."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Literal
 
 from contextual_cnn.errors import UserError
-from contextual_cnn.settings.augment import AugmentSettings
 from contextual_cnn.settings.checkpoint import CheckpointSettings
-from contextual_cnn.settings.data import DataSettings
+from contextual_cnn.settings.keys import may_change
 from contextual_cnn.settings.logger import LoggerSettings
-from contextual_cnn.settings.loss import LossSettings
-from contextual_cnn.settings.model import ModelSettings
 from contextual_cnn.settings.optimizer import OptimizerSettings
 from contextual_cnn.settings.schedule import ScheduleSettings
 from contextual_cnn.settings.trainer import TrainerSettings
@@ -23,16 +19,14 @@ class RunSettings:
 
     seed: every random number of the run depends on it.
     resume: "auto" refuses a checkpoint of another configuration or of other data; "anyway" continues with it.
+    task: what is learned, by its name in tasks/__init__.py; it has groups of its own beside these.
     """
 
     run_name: str
-    output_dir: str
+    output_dir: str = may_change()
     seed: int
-    resume: Literal["auto", "anyway"]
-    model: ModelSettings
-    data: DataSettings
-    augment: AugmentSettings
-    loss: LossSettings
+    resume: Literal["auto", "anyway"] = may_change()
+    task: str
     optimizer: OptimizerSettings
     schedule: ScheduleSettings
     trainer: TrainerSettings
@@ -46,13 +40,6 @@ class RunSettings:
             raise UserError(
                 f"run_name={self.run_name!r} is no folder below output_dir", "run_name=NAME, or run_name=GROUP/NAME"
             )
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> "RunSettings":
-        """The records of a checked config."""
-        types = get_type_hints(cls)
-        groups = {field.name for field in fields(cls) if is_dataclass(types[field.name])}
-        return cls(**{key: types[key](**value) if key in groups else value for key, value in config.items()})
 
     @property
     def folder(self) -> Path:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from contextual_cnn.errors import UserError
+from contextual_cnn.settings.keys import may_change
 
 Clipping = Literal["norm", "value", "agc"]
 Precision = Literal["auto", "bf16", "fp32"]
@@ -36,24 +37,24 @@ class TrainerSettings:
     dry_run: takes a few steps, tells what the whole run will need, and leaves everything as it was.
     """
 
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: Literal["auto", "cuda", "cpu"] = may_change("auto")
     precision: Precision = "auto"
     global_batch_size: int = 4096
-    micro_batch_size: int = 128
-    channels_last: bool = True
-    compile: bool = False
+    micro_batch_size: int = may_change(128)
+    channels_last: bool = may_change(True)
+    compile: bool = may_change(False)
     ema_decay: float | None = 0.9999
     ema_warmup: bool = False
     grad_clip: float | None = None
     grad_clip_mode: Clipping = "norm"
-    max_steps: int | None = None
-    max_time: str | float | None = None
-    on_nonfinite: Literal["skip", "stop", "rollback"] = "skip"
-    max_skipped_steps: int = 10
-    log_every: int = 50
-    eval_every: int = 1
-    timeout_minutes: float = 10
-    dry_run: bool = False
+    max_steps: int | None = may_change(None)
+    max_time: str | float | None = may_change(None)
+    on_nonfinite: Literal["skip", "stop", "rollback"] = may_change("skip")
+    max_skipped_steps: int = may_change(10)
+    log_every: int = may_change(50)
+    eval_every: int = may_change(1)
+    timeout_minutes: float = may_change(10)
+    dry_run: bool = may_change(False)
 
     def __post_init__(self) -> None:
         for key in ("log_every", "eval_every", "max_skipped_steps", "max_steps"):

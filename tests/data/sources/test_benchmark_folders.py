@@ -2,11 +2,11 @@
 
 import pytest
 
-from contextual_cnn import evaluation
 from contextual_cnn.data.image_data import ImageData
 from contextual_cnn.data.sources import find_layout, open_source
 from contextual_cnn.errors import UserError
 from contextual_cnn.settings.data import DataSettings
+from contextual_cnn.tasks.image_classification import evaluation
 from tests.data.sources.test_class_folders import make
 
 CLASSES = tuple(f"n{number:02d}" for number in range(12))

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from contextual_cnn.batch_plan import BatchPlan
 from contextual_cnn.data.image_data import ImageData
-from contextual_cnn.data.sampler import BatchPlan, TrainSampler
+from contextual_cnn.data.sampler import TrainSampler
 from contextual_cnn.data.sources import find_layout, open_source, write_exclude_list
 from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contextual_cnn.checkpoint import load_checkpoint, step_of, write_checkpoint
-from contextual_cnn.checkpoint_entries import NewerFormat
 from contextual_cnn.errors import UserError
 from contextual_cnn.launcher import is_main_process
+from contextual_cnn.runs.checkpoint import load_checkpoint, step_of, write_checkpoint
+from contextual_cnn.runs.checkpoint_entries import NewerFormat
 from contextual_cnn.settings.checkpoint import CheckpointSettings
 
 log = logging.getLogger(__name__)

@@ -1,63 +1,29 @@
 """Whether and from what a run goes on: its own newest checkpoint, if it is still the same run."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from contextual_cnn.checkpoint_entries import require_entries
-from contextual_cnn.data.sampler import BatchPlan
-from contextual_cnn.engine.checkpoint_store import CheckpointStore
+from contextual_cnn.batch_plan import BatchPlan
 from contextual_cnn.errors import UserError
-from contextual_cnn.settings.data import LATER_KEYS
+from contextual_cnn.runs.checkpoint_entries import require_entries
+from contextual_cnn.runs.checkpoint_store import CheckpointStore
+from contextual_cnn.settings.keys import LATER_KEYS
 
 log = logging.getLogger(__name__)
-
-# What may change from one start to the next without making another run of it
-_FREE = (
-    "output_dir",
-    "resume",
-    "data.root",
-    "data.layout",
-    "data.exclude",  # the listing tells whether they changed anything
-    "data.threads",
-    "data.prefetch",
-    "data.eval_batch_size",
-    "data.on_bad_image",
-    "data.max_bad_images",
-    "model.grad_checkpointing",
-    "trainer.device",
-    "trainer.micro_batch_size",
-    "trainer.channels_last",
-    "trainer.compile",
-    "trainer.max_steps",
-    "trainer.max_time",
-    "trainer.on_nonfinite",
-    "trainer.max_skipped_steps",
-    "trainer.log_every",
-    "trainer.eval_every",
-    "trainer.timeout_minutes",
-    "trainer.dry_run",
-    "checkpoint.",
-    "logger.",
-)
-
 
 _NEEDED = ("config", "classes", "best", "ema", "optimizer", "epoch", "ended_step", "images", "listing", "batches")
 
 
 def load_newest(
-    store: CheckpointStore,
-    config: Mapping[str, Any],
-    classes: tuple[str, ...],
-    listing: str,
-    plan: BatchPlan,
-    policy: str,
+    store: CheckpointStore, record: Mapping[str, Any], plan: BatchPlan, policy: str, free: Collection[str]
 ) -> dict[str, Any] | None:
     """The state to go on from; None for a run without a checkpoint.
 
     Args:
-        listing: digest of the training images' names and labels.
+        record: what a checkpoint of this run holds of its config and data: "config", "classes", "images", "listing".
         policy: "auto" refuses a checkpoint of another config or data; "anyway" says what differs and goes on.
+        free: keys that may change without making another run of it.
 
     Raises:
         UserError: what differs.
@@ -67,15 +33,13 @@ def load_newest(
         return None
     path, state = newest
     require_entries(state, path, *_NEEDED)
-    differences = _differences(state["config"], config)
-    if state["listing"] != listing:
-        before, now = (
-            f"{n} files (hash {h[:8]})" for n, h in ((state["images"], state["listing"]), (plan.images, listing))
-        )
+    differences = _differences(state["config"], record["config"], free)
+    if state["listing"] != record["listing"]:
+        before, now = (f"{data['images']} files (hash {data['listing'][:8]})" for data in (state, record))
         differences.append(f"training images: {before} -> {now}")
-    if tuple(state["classes"]) != classes:
+    if state["classes"] != record["classes"]:
         raise UserError(
-            f"{path} was trained on other classes than {config['data']['root']} has",
+            f"{path} was trained on other classes than {record['config']['data']['root']} has",
             "run_name=NEW_NAME",
         )
     batch_before = _flatten(state["config"]).get("trainer.global_batch_size")
@@ -114,12 +78,12 @@ def _report_batches(before: tuple[int, int], plan: BatchPlan) -> None:
         )
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    old, new = (_flatten({"data": LATER_KEYS}) | _flatten(config) for config in (before, now))
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]) -> list[str]:
+    old, new = (_flatten(LATER_KEYS) | _flatten(config) for config in (before, now))
     return [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(_FREE)
+        if old.get(key) != new.get(key) and key not in free
     ]
 
 

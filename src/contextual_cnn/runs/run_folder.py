@@ -19,9 +19,9 @@ import yaml
 from rich.console import Console
 from rich.logging import RichHandler
 
-from contextual_cnn.engine.environment import environment
-from contextual_cnn.engine.own_files import open_own, replaced
 from contextual_cnn.errors import UserError
+from contextual_cnn.runs.environment import environment
+from contextual_cnn.runs.own_files import open_own, replaced
 
 log = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from contextual_cnn.data.sources import ImageSource
-from contextual_cnn.engine.class_report import ClassReport
-from contextual_cnn.engine.predictions import Predictions
-from contextual_cnn.engine.real_labels import RealAccuracy
-from contextual_cnn.engine.reliability import expected_calibration_error, wilson_interval
 from contextual_cnn.settings.data import DataSettings
+from contextual_cnn.tasks.image_classification.class_report import ClassReport
+from contextual_cnn.tasks.image_classification.predictions import Predictions
+from contextual_cnn.tasks.image_classification.real_labels import RealAccuracy
+from contextual_cnn.tasks.image_classification.reliability import expected_calibration_error, wilson_interval
 
 # What makes other images, or fewer. All else makes the same images in another way
 _PATHS = ("root", "exclude")

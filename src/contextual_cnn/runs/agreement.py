@@ -3,19 +3,15 @@
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import contextual_cnn
-from contextual_cnn.data.sources import ImageSource
 from contextual_cnn.distributed import gather_numbers
 from contextual_cnn.errors import UserError
-from contextual_cnn.models.contextual_conv import ContextualConv2d, DeformableConv2d
-from contextual_cnn.ops.sampled_conv import implementation_on
 
 _FIXES = {
     "configuration": "start every node with the same command",
@@ -36,15 +32,15 @@ def digest(*parts: str | bytes) -> str:
     return sha.hexdigest()
 
 
-def digest_listing(source: ImageSource) -> str:
-    """Of names, order and labels of a split's images; not of their contents, nor of where they lie."""
-    return digest("\0".join(map(source.name, range(len(source)))), source.targets.tobytes())
-
-
-def digest_config(config: Mapping[str, Any]) -> str:
-    """Without what may differ from node to node."""
-    data = {key: value for key, value in config["data"].items() if key not in ("root", "threads")}
-    return digest(json.dumps({**config, "data": data}, sort_keys=True))
+def digest_config(config: Mapping[str, Any], by_node: Collection[str]) -> str:
+    """Without the keys (GROUP.NAME) that may differ from node to node."""
+    kept = {
+        group: {key: value for key, value in keys.items() if f"{group}.{key}" not in by_node}
+        if isinstance(keys, Mapping)
+        else keys
+        for group, keys in config.items()
+    }
+    return digest(json.dumps(kept, sort_keys=True))
 
 
 def digest_code() -> str:
@@ -53,16 +49,6 @@ def digest_code() -> str:
     sources = [path for path in sorted(root.rglob("*")) if path.suffix in (".py", ".cpp")]
     contents = [part for path in sources for part in (str(path.relative_to(root)), path.read_bytes())]
     return digest(platform.python_version(), torch.__version__, *contents)
-
-
-def operators(model: nn.Module, device: torch.device) -> str:
-    """Who computes the model's contextual convolutions in this process: cpp, triton or torch; empty if it has none.
-
-    Raises:
-        UserError: CONTEXTUAL_CNN_OPS names what cannot.
-    """
-    has_any = any(isinstance(module, ContextualConv2d | DeformableConv2d) for module in model.modules())
-    return implementation_on(device) if has_any else ""
 
 
 def check_agreement(facts: Mapping[str, str]) -> None:

@@ -1,8 +1,12 @@
 """Memory that does not suffice, or is never given back."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from contextual_cnn.data.sampler import BatchPlan
+import torch
+
+from contextual_cnn.batch_plan import BatchPlan
 from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError
 
@@ -11,11 +15,22 @@ log = logging.getLogger(__name__)
 _GROWTH = 1.25
 
 
-def out_of_memory(world: World, plan: BatchPlan, step: int) -> UserError:
-    """What to do where a GPU's memory did not suffice for the step after `step`.
+@contextmanager
+def explained_shortage(world: World, plan: BatchPlan, step: int) -> Iterator[None]:
+    """Tells what to do where a GPU's memory does not suffice for the step after `step`.
 
     Halved micro-batches, accumulated twice as often, leave the global batch as it is.
+
+    Raises:
+        UserError: in place of torch's error.
     """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise _shortage(world, plan, step) from error
+
+
+def _shortage(world: World, plan: BatchPlan, step: int) -> UserError:
     return UserError(
         f"the memory of {world.device} does not suffice for {plan.micro_batch} images at once (step {step + 1})",
         f"trainer.micro_batch_size={max(1, plan.micro_batch // 2)} (the global batch stays {plan.global_batch}, "

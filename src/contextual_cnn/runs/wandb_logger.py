@@ -13,7 +13,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from contextual_cnn.engine.own_files import replaced
+from contextual_cnn.runs.own_files import replaced
 from contextual_cnn.settings.logger import LoggerSettings
 
 log = logging.getLogger(__name__)

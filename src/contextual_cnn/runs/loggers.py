@@ -9,9 +9,9 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
-from contextual_cnn.engine.own_files import open_own
-from contextual_cnn.engine.wandb_logger import WandbLogger, has_wandb_key
 from contextual_cnn.errors import UserError
+from contextual_cnn.runs.own_files import open_own
+from contextual_cnn.runs.wandb_logger import WandbLogger, has_wandb_key
 from contextual_cnn.settings.logger import LoggerSettings
 
 log = logging.getLogger(__name__)

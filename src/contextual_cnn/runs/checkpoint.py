@@ -23,8 +23,8 @@ from typing import Any, BinaryIO, cast
 
 import torch
 
-from contextual_cnn.checkpoint_entries import FORMAT, OTHER_FILE, DamagedCheckpoint, check_entries
 from contextual_cnn.errors import UserError
+from contextual_cnn.runs.checkpoint_entries import FORMAT, OTHER_FILE, DamagedCheckpoint, check_entries
 
 _MARK = b"\ncontextual-cnn checkpoint "
 _LONGEST_LINE = 256  # bytes; a manifest has about 150

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from contextual_cnn.data.sources import ImageSource
-from contextual_cnn.engine.predictions import Predictions
 from contextual_cnn.errors import UserError
+from contextual_cnn.tasks.image_classification.predictions import Predictions
 
 _NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
 

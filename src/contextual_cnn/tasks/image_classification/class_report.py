@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from contextual_cnn.engine.csv_file import write_csv
 from contextual_cnn.errors import UserError
+from contextual_cnn.runs.csv_file import write_csv
 
 
 class ClassReport(NamedTuple):

@@ -10,8 +10,8 @@ from torch import Tensor
 from contextual_cnn.contracts import is_considered
 from contextual_cnn.data.sources import ImageSource
 from contextual_cnn.distributed import World, all_reduce_sum
-from contextual_cnn.engine.csv_file import write_csv
 from contextual_cnn.errors import UserError
+from contextual_cnn.runs.csv_file import write_csv
 
 _BEST = 5
 
