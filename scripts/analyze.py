@@ -39,9 +39,9 @@ from contextual_cnn.analysis.weight_offsets import offset_sizes, plot_weight_off
 from contextual_cnn.contracts import StagedScores
 from contextual_cnn.data.image_data import ImageData
 from contextual_cnn.distributed import World, process_group
-from contextual_cnn.engine.evaluator import staged_scores
 from contextual_cnn.errors import UserError, run_script
 from contextual_cnn.models import ContextualModel
+from contextual_cnn.models.contextual_model import staged_scores
 from contextual_cnn.runs.wandb_logger import WandbLogger
 from contextual_cnn.settings.logger import LoggerSettings
 from contextual_cnn.trained import Trained, load_model

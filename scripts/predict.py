@@ -25,8 +25,8 @@ from rich.table import Table
 from timm.data import create_transform
 
 from contextual_cnn.data.image_check import FORMATS, describe, open_image
-from contextual_cnn.engine.evaluator import staged_scores
 from contextual_cnn.errors import UserError, run_script
+from contextual_cnn.models.contextual_model import staged_scores
 from contextual_cnn.runs.csv_file import write_csv
 from contextual_cnn.text import printable
 from contextual_cnn.trained import Trained, describe_classes, load_model

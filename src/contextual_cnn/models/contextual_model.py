@@ -297,3 +297,8 @@ def without_context_options(options: dict) -> dict:
     """What is left for a plain model."""
     context = ("class_counts", "embedding_dim", "projection_norm", "selection", "mask")
     return {key: value for key, value in options.items() if key not in context}
+
+
+def staged_scores(model: nn.Module, images: Tensor) -> StagedScores:
+    """The scores of every stage whatever the mode; of a model without stages, its logits as the only stage."""
+    return StagedScores.of(model(images, staged=True) if isinstance(model, ContextualModel) else model(images))
