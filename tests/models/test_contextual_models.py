@@ -13,9 +13,10 @@ from torchvision.ops import deform_conv2d
 from contextual_cnn.contracts import StagedScores, is_considered
 from contextual_cnn.errors import UserError
 from contextual_cnn.models import build_model
-from contextual_cnn.models.contextual_conv import WITHOUT_CONTEXT, ContextualConv2d, Convolution, DeformableConv2d
+from contextual_cnn.models.context_options import WITHOUT_CONTEXT
+from contextual_cnn.models.contextual_conv import ContextualConv2d, DeformableConv2d
 from contextual_cnn.models.resnet import ContextualBottleneck
-from contextual_cnn.settings.model import ModelSettings
+from contextual_cnn.settings.model import Convolution, ModelSettings
 from tests.conftest import wake_up
 
 SIZES = ["atto", "tiny", "small", "base"]

@@ -10,25 +10,14 @@ from torch import nn
 from contextual_cnn.contracts import TimmModel
 from contextual_cnn.errors import UserError
 from contextual_cnn.models.class_context import FEWEST_CLASSES, ClassCountError, default_class_counts
+from contextual_cnn.models.context_options import CONTEXT_KEYS
 from contextual_cnn.models.contextual_model import ContextualModel
 from contextual_cnn.models.timm_options import check_timm_options
 from contextual_cnn.models.weights import load_weights
 from contextual_cnn.settings.model import ModelSettings
 
 # Keys of the model group that are keywords of the model's class, or of timm's
-_OPTIONS = (
-    "num_classes",
-    "drop_rate",
-    "drop_path_rate",
-    "class_counts",
-    "embedding_dim",
-    "projection_norm",
-    "selection",
-    "contextual_stages",
-    "contextual_every",
-    "convolution",
-    "mask",
-)
+_OPTIONS = ("num_classes", "drop_rate", "drop_path_rate", *CONTEXT_KEYS)
 
 # What a model raises for an option that it cannot use has no common class
 _REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)

@@ -18,8 +18,6 @@ from contextual_cnn.ops import contextual_conv2d
 from contextual_cnn.ops.sampled_conv import implementation_on
 from contextual_cnn.settings.model import Convolution
 
-WITHOUT_CONTEXT = ("without_prior", "deformable", "plain")
-
 
 def replace_convolution(conv: nn.Conv2d, kind: Convolution, context_dim: int, mask: bool = False) -> nn.Module:
     """What takes the place of a plain convolution.

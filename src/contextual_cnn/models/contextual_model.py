@@ -27,8 +27,7 @@ from contextual_cnn.models.class_context import (
     default_class_counts,
     scale_class_counts,
 )
-from contextual_cnn.models.contextual_conv import WITHOUT_CONTEXT
-from contextual_cnn.settings.model import ProjectionNorm, Selection
+from contextual_cnn.models.context_options import ContextOptions
 
 
 class ContextualBlock(nn.Module):
@@ -50,57 +49,37 @@ class ContextualModel(nn.Module):
         in_chans: channels of the images.
         num_classes: N1; 0 is a model without a classifier.
         context_classes: N1 where num_classes is 0.
-        class_counts: (N2, N3, N4), the classes that stages 2, 3 and 4 consider; None scales the paper's
-            (500, 200, 50) of 1000.
-        embedding_dim: E = d = 256 in the paper (table 6).
-        projection_norm: between the layers of a projection, see `Projection`.
-        selection: what a stage classifies. "reduce" (the paper): only what the stage before kept; a class once
-            dropped never returns. "rerank" (the released code's later form): all classes, at every stage; only the
-            context uses the shortlist. See docs/staged-loss.md for why rerank is the default.
-        contextual_stages: those whose convolutions are modulated (paper: 2, 3, 4; table 6). A classification comes
-            before each, but before stage 1, whose context is merged from all classes, and after the last stage.
         drop_rate: dropout before the last stage's projection.
 
     Raises:
-        ValueError: class counts that do not fit num_classes, or stages that there are not.
+        ClassCountError: class counts that do not fit num_classes.
     """
 
     def __init__(
         self,
         feature_info: Sequence[dict],
+        options: ContextOptions,
         *,
         in_chans: int,
         num_classes: int,
         context_classes: int,
-        class_counts: Sequence[int] | None,
-        embedding_dim: int,
-        projection_norm: ProjectionNorm,
-        selection: Selection,
-        contextual_stages: Sequence[int],
         drop_rate: float,
     ) -> None:
         super().__init__()
         self.feature_info, self.in_chans, self.num_classes = list(feature_info), in_chans, num_classes
-        classes = num_classes or context_classes
-        self.class_counts = tuple(class_counts) if class_counts is not None else default_class_counts(classes)
+        classes, counts = num_classes or context_classes, options.class_counts
+        self.class_counts = tuple(counts) if counts is not None else default_class_counts(classes)
         check_class_counts(classes, self.class_counts)
-        if selection not in ("rerank", "reduce"):
-            raise ValueError(f"selection must be 'rerank' or 'reduce', got {selection!r}")
-        if projection_norm not in ("batch", "layer"):
-            raise ValueError(f"projection_norm must be 'batch' or 'layer', got {projection_norm!r}")
-        self.selection = selection
-        self.contextual_stages = tuple(contextual_stages)
-        if not self.contextual_stages or sorted(set(contextual_stages) & {1, 2, 3, 4}) != list(contextual_stages):
-            raise ValueError(f"contextual_stages must be some of 1, 2, 3, 4 in order, got {list(contextual_stages)}")
-        channels = [info["num_chs"] for info in feature_info[-STAGES:]]
+        self.selection, self.contextual_stages = options.selection, tuple(options.contextual_stages)
+        channels, width = [info["num_chs"] for info in feature_info[-STAGES:]], options.embedding_dim
         # Keyed by the stage that they follow or precede
         self.projections = nn.ModuleDict(
-            {str(i): Projection(channels[i - 1], embedding_dim, projection_norm) for i in self.classified_stages}
+            {str(i): Projection(channels[i - 1], width, options.projection_norm) for i in self.classified_stages}
         )
-        self.mergings = nn.ModuleDict({str(i): Merging(embedding_dim) for i in contextual_stages})
-        self.class_embeddings = ClassEmbeddings(classes, embedding_dim)
+        self.mergings = nn.ModuleDict({str(i): Merging(width) for i in self.contextual_stages})
+        self.class_embeddings = ClassEmbeddings(classes, width)
         self.head_drop = nn.Dropout(drop_rate)
-        self.num_features, self.head_hidden_size = channels[-1], embedding_dim
+        self.num_features, self.head_hidden_size = channels[-1], width
         self.global_pool = "avg"
         self.grad_checkpointing = False
 
@@ -286,17 +265,6 @@ class ContextualModel(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the blocks' activations in the backward pass instead of keeping them."""
         self.grad_checkpointing = enable
-
-
-def takes_context(options: dict) -> bool:
-    """Whether a model of these options has a context: the ablations without one are plain models, head and all."""
-    return options.get("convolution", "contextual") not in WITHOUT_CONTEXT
-
-
-def without_context_options(options: dict) -> dict:
-    """What is left for a plain model."""
-    context = ("class_counts", "embedding_dim", "projection_norm", "selection", "mask")
-    return {key: value for key, value in options.items() if key not in context}
 
 
 def staged_scores(model: nn.Module, images: Tensor) -> StagedScores:

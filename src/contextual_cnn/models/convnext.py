@@ -8,15 +8,13 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage
 from torch import Tensor, nn
 
+from contextual_cnn.models.context_options import ContextOptions, take_context_options
 from contextual_cnn.models.contextual_conv import replace_convolution
 from contextual_cnn.models.contextual_model import (
     ContextualBlock,
     ContextualModel,
-    takes_context,
-    without_context_options,
 )
 from contextual_cnn.models.weights import checkpoint_filter_fn
-from contextual_cnn.settings.model import Convolution, ProjectionNorm, Selection
 
 # depths and dims as timm's plain twins, which is what lets plain weights load
 _SIZES: dict[str, dict[str, Any]] = {
@@ -31,25 +29,16 @@ class ContextualConvNeXt(ContextualModel):
     """ConvNeXt in which the likely classes after each stage modulate the convolutions of the next.
 
     Args:
-        num_classes, context_classes, class_counts, embedding_dim, projection_norm, selection, contextual_stages,
-            drop_rate: see `ContextualModel`.
-        contextual_every: one of every so many blocks of a contextual stage is contextual, from the first (paper: 3).
-        convolution, mask: see `replace_convolution`; only kinds with a context.
+        context: what may be chosen about the context; a kind of convolution that has one.
+        num_classes, context_classes, drop_rate: see `ContextualModel`.
         backbone: what timm's ConvNeXt takes.
     """
 
     def __init__(
         self,
+        context: ContextOptions,
         num_classes: int = 1000,
         context_classes: int = 1000,
-        class_counts: Sequence[int] | None = None,
-        embedding_dim: int = 256,
-        projection_norm: ProjectionNorm = "batch",
-        selection: Selection = "rerank",
-        contextual_stages: Sequence[int] = (2, 3, 4),
-        contextual_every: int = 3,
-        convolution: Convolution = "contextual",
-        mask: bool = False,
         drop_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -58,21 +47,17 @@ class ContextualConvNeXt(ContextualModel):
         plain = ConvNeXt(num_classes=0, **backbone)
         super().__init__(
             plain.feature_info,
+            context,
             in_chans=plain.in_chans,
             num_classes=num_classes,
             context_classes=context_classes,
-            class_counts=class_counts,
-            embedding_dim=embedding_dim,
-            projection_norm=projection_norm,
-            selection=selection,
-            contextual_stages=contextual_stages,
             drop_rate=drop_rate,
         )
         self.stem, self.stages = plain.stem, plain.stages
-        for stage in contextual_stages:
+        for stage in context.contextual_stages:
             blocks: Any = self.stages[stage - 1].blocks
-            for i in range(0, len(blocks), contextual_every):
-                conv = replace_convolution(blocks[i].conv_dw, convolution, embedding_dim, mask)
+            for i in range(0, len(blocks), context.contextual_every):
+                conv = replace_convolution(blocks[i].conv_dw, context.convolution, context.embedding_dim, context.mask)
                 blocks[i] = ContextualConvNeXtBlock(blocks[i], conv)
         self.to(device=device, dtype=dtype)
 
@@ -111,30 +96,27 @@ class ContextualConvNeXtBlock(ContextualBlock):
         return x + self.drop_path(y)
 
 
-def _plain_convnext(
-    contextual_stages: Sequence[int] = (2, 3, 4),
-    contextual_every: int = 3,
-    convolution: Convolution = "plain",
-    **backbone: Any,
-) -> ConvNeXt:
+def _plain_convnext(context: ContextOptions, **backbone: Any) -> ConvNeXt:
     """The plain twin with other convolutions in the same places: the ablations that have no context."""
-    model = ConvNeXt(**without_context_options(backbone))
-    for stage in contextual_stages:
+    model = ConvNeXt(**backbone)
+    for stage in context.contextual_stages:
         blocks: Any = model.stages[stage - 1].blocks
-        for block in blocks[::contextual_every]:
-            block.conv_dw = replace_convolution(block.conv_dw, convolution, 0)
+        for block in blocks[:: context.contextual_every]:
+            block.conv_dw = replace_convolution(block.conv_dw, context.convolution, 0)
     return model
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    kind = ContextualConvNeXt if takes_context(kwargs) else _plain_convnext
+    context, others = take_context_options(kwargs, contextual_every=3)
+    kind = ContextualConvNeXt if context.has_context else _plain_convnext
     return build_model_with_cfg(
         kind,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
-        **{**_SIZES[variant], **kwargs},
+        context=context,
+        **{**_SIZES[variant], **others},
     )
 
 

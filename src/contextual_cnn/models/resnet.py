@@ -8,16 +8,14 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
+from contextual_cnn.models.context_options import ContextOptions, take_context_options
 from contextual_cnn.models.contextual_conv import replace_convolution
 from contextual_cnn.models.contextual_model import (
     STAGES,
     ContextualBlock,
     ContextualModel,
-    takes_context,
-    without_context_options,
 )
 from contextual_cnn.models.weights import checkpoint_filter_fn
-from contextual_cnn.settings.model import Convolution, ProjectionNorm, Selection
 
 
 class ContextualResNet(ContextualModel):
@@ -26,26 +24,16 @@ class ContextualResNet(ContextualModel):
     A weight offset is shared by all output channels of its convolution.
 
     Args:
-        num_classes, context_classes, class_counts, embedding_dim, projection_norm, selection, contextual_stages,
-            drop_rate: see `ContextualModel`.
-        contextual_every: one of every so many blocks of a contextual stage is contextual, from the first (the paper
-            does not say; the released code's default is 2).
-        convolution, mask: see `replace_convolution`; only kinds with a context.
+        context: what may be chosen about the context; a kind of convolution that has one.
+        num_classes, context_classes, drop_rate: see `ContextualModel`.
         backbone: what timm's ResNet takes.
     """
 
     def __init__(
         self,
+        context: ContextOptions,
         num_classes: int = 1000,
         context_classes: int = 1000,
-        class_counts: Sequence[int] | None = None,
-        embedding_dim: int = 256,
-        projection_norm: ProjectionNorm = "batch",
-        selection: Selection = "rerank",
-        contextual_stages: Sequence[int] = (2, 3, 4),
-        contextual_every: int = 1,
-        convolution: Convolution = "contextual",
-        mask: bool = False,
         drop_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -54,22 +42,18 @@ class ContextualResNet(ContextualModel):
         plain = ResNet(num_classes=0, **backbone)
         super().__init__(
             plain.feature_info,
+            context,
             in_chans=backbone.get("in_chans", 3),
             num_classes=num_classes,
             context_classes=context_classes,
-            class_counts=class_counts,
-            embedding_dim=embedding_dim,
-            projection_norm=projection_norm,
-            selection=selection,
-            contextual_stages=contextual_stages,
             drop_rate=drop_rate,
         )
         self.conv1, self.bn1, self.act1, self.maxpool = plain.conv1, plain.bn1, plain.act1, plain.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = plain.layer1, plain.layer2, plain.layer3, plain.layer4
-        for stage in contextual_stages:
+        for stage in context.contextual_stages:
             blocks = getattr(self, f"layer{stage}")
-            for i in range(0, len(blocks), contextual_every):
-                conv = replace_convolution(blocks[i].conv2, convolution, embedding_dim, mask)
+            for i in range(0, len(blocks), context.contextual_every):
+                conv = replace_convolution(blocks[i].conv2, context.convolution, context.embedding_dim, context.mask)
                 blocks[i] = ContextualBottleneck(blocks[i], conv)
         self.to(device=device, dtype=dtype)
 
@@ -112,17 +96,12 @@ class ContextualBottleneck(ContextualBlock):
         return self.act3(y + (self.downsample(x) if self.downsample is not None else x))
 
 
-def _plain_resnet(
-    contextual_stages: Sequence[int] = (2, 3, 4),
-    contextual_every: int = 1,
-    convolution: Convolution = "plain",
-    **backbone: Any,
-) -> ResNet:
+def _plain_resnet(context: ContextOptions, **backbone: Any) -> ResNet:
     """The plain twin with other convolutions in the same places: the ablations that have no context."""
-    model = ResNet(**without_context_options(backbone))
-    for stage in contextual_stages:
-        for block in getattr(model, f"layer{stage}")[::contextual_every]:
-            block.conv2 = replace_convolution(block.conv2, convolution, 0)
+    model = ResNet(**backbone)
+    for stage in context.contextual_stages:
+        for block in getattr(model, f"layer{stage}")[:: context.contextual_every]:
+            block.conv2 = replace_convolution(block.conv2, context.convolution, 0)
     return model
 
 
@@ -150,12 +129,14 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def contextual_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Contextual ResNet-50, and with another `convolution` every row of the paper's ablations."""
-    kind = ContextualResNet if takes_context(kwargs) else _plain_resnet
+    context, others = take_context_options(kwargs, contextual_every=1)
+    kind = ContextualResNet if context.has_context else _plain_resnet
     return build_model_with_cfg(
         kind,
         "contextual_resnet50",
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), feature_cls="getter"),
-        **{**dict(block=Bottleneck, layers=(3, 4, 6, 3)), **kwargs},
+        context=context,
+        **{**dict(block=Bottleneck, layers=(3, 4, 6, 3)), **others},
     )
