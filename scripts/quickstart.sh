@@ -4,7 +4,7 @@
 #   ./scripts/quickstart.sh model=convnext_atto     the plain twin under the same recipe
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
-[ -d data/digits/val ] || "$PYTHON" scripts/prepare_digits.py data/digits
+[ -d data/digits/val ] || "$PYTHON" scripts/data/prepare_digits.py data/digits
 "$PYTHON" train.py experiment=digits "$@"
 # The run's folder, as the same overrides compose it
 config=$("$PYTHON" train.py experiment=digits "$@" --cfg job --resolve)

@@ -13,7 +13,7 @@ import torch
 from PIL import EpsImagePlugin, Image
 from sklearn.datasets import load_sample_images
 
-from tests import quick_start
+from tests.helpers import quick_start
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel of ours is declared

@@ -15,7 +15,7 @@ from sklearn.datasets import load_sample_images
 
 from contextual_cnn.runs.loggers import read_metrics
 from tests.conftest import small_run, write_class_folders
-from tests.quick_start import run
+from tests.helpers.quick_start import run
 
 FILE = Path(__file__).with_name("golden.json")
 LENGTH = ["schedule.epochs=10", "trainer.max_steps=20", "trainer.eval_every=10"]  # of 3 steps; one evaluation

@@ -11,9 +11,9 @@ from contextual_cnn.errors import UserError
 from contextual_cnn.models import build_model
 from contextual_cnn.settings.model import ModelSettings
 from contextual_cnn.trained import load_model
-from tests.hostile import write_whole
-from tests.quick_start import run
-from tests.scripts.run_folders import write_run
+from tests.helpers.hostile import write_whole
+from tests.helpers.quick_start import run
+from tests.helpers.run_folders import write_run
 
 TINY = dict(timm_options={"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]})
 
@@ -116,9 +116,9 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_allocated(chan
     "command",
     [
         ["evaluate.py", "checkpoint=FILE"],
-        ["scripts/predict.py", "photo.jpg", "--checkpoint", "FILE"],
-        ["scripts/export.py", "--checkpoint", "FILE", "--format", "timm"],
-        ["scripts/analyze.py", "shortlist", "--checkpoint", "FILE"],
+        ["scripts/model/predict.py", "photo.jpg", "--checkpoint", "FILE"],
+        ["scripts/model/export.py", "--checkpoint", "FILE", "--format", "timm"],
+        ["scripts/analysis/analyze.py", "shortlist", "--checkpoint", "FILE"],
     ],
     ids=lambda command: command[0],
 )

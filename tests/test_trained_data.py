@@ -4,7 +4,7 @@ import pytest
 
 from contextual_cnn.runs.checkpoint import load_checkpoint, write_checkpoint
 from contextual_cnn.trained import load_model
-from tests.scripts.run_folders import SIZE, write_run
+from tests.helpers.run_folders import SIZE, write_run
 
 
 @pytest.fixture(scope="module")

@@ -278,8 +278,8 @@ def runs(tmp_path_factory, image_root):
 def test_the_script_draws_everything_into_the_runs_folder_and_to_wandb(runs, image_root):
     figures = ("gradcam", "embeddings", "similarity", "sampling", "weights", "shortlist", "recall")
     done = run_command(
-        "scripts/analyze.py", *figures, "--checkpoint", str(runs / "contextual"), "--twin", str(runs / "plain"),
-        "--stage", "2", "--count", "2", "--device", "cpu", "--wandb",
+        "scripts/analysis/analyze.py", *figures, "--checkpoint", str(runs / "contextual"),
+        "--twin", str(runs / "plain"), "--stage", "2", "--count", "2", "--device", "cpu", "--wandb",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for name in figures:
@@ -313,7 +313,7 @@ def test_what_cannot_be_drawn_is_explained(runs, arguments, explained, monkeypat
 
 
 def test_the_script_ends_with_cause_and_fix(tmp_path):
-    done = run_command("scripts/analyze.py", "recall", "--checkpoint", str(tmp_path / "nowhere"))
+    done = run_command("scripts/analysis/analyze.py", "recall", "--checkpoint", str(tmp_path / "nowhere"))
     assert done.returncode == 2
     assert "there is no checkpoint" in done.stderr
     assert "fix:" in done.stderr

@@ -14,7 +14,7 @@ from contextual_cnn.data.sampler import MicroBatch
 from contextual_cnn.errors import UserError
 from contextual_cnn.randomness import Purpose, seed_all
 from contextual_cnn.settings.augment import AugmentSettings
-from tests import reference
+from tests.helpers import reference
 
 
 def batch(start, count, epoch=0):

@@ -19,8 +19,8 @@ from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError
 from contextual_cnn.settings.augment import AugmentSettings
 from contextual_cnn.settings.data import DataSettings
-from tests.data.layouts import LAYOUTS, write_layout
-from tests.data.malformed import BAD, DECODED, changed, encoded
+from tests.helpers.layouts import LAYOUTS, write_layout
+from tests.helpers.malformed import BAD, DECODED, changed, encoded
 
 CPU = torch.device("cpu")
 CROP_AND_FLIP = AugmentSettings(randaugment=None, color_jitter=0.0)  # RandAugment takes DALI seconds to build
@@ -165,7 +165,7 @@ def test_stop_ends_the_run_at_the_first(tmp_path, photos, loader, kind):
     for read in (lambda data: train(data, 1), lambda data: list(data.evaluation_batches(World(0, 1, 0, CPU)))):
         with pytest.raises(UserError, match=rf"{names[kind]} cannot be used") as error:
             read(open_data(root, loader, on_bad_image="stop"))
-        assert "scripts/check_data.py" in error.value.fix
+        assert "scripts/data/check_data.py" in error.value.fix
 
 
 def test_more_than_the_limit_ends_the_run(tmp_path, photos, loader):

@@ -18,7 +18,7 @@ from contextual_cnn.data.imagenet_archives import ArchivedImage
 from contextual_cnn.data.sources import open_source
 from contextual_cnn.errors import UserError
 from contextual_cnn.settings.data import DataSettings
-from scripts import prepare_imagenet
+from scripts.data import prepare_imagenet
 from tests.conftest import ROOT
 
 
@@ -169,7 +169,7 @@ def test_an_animation_is_named(photos):
 
 def preview(folder, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    from scripts import preview_data
+    from scripts.data import preview_data
 
     monkeypatch.setattr(sys, "argv", ["preview_data.py", str(folder), "--output", str(folder / "x.png")])
     preview_data.main()

@@ -22,7 +22,7 @@ from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError
 from contextual_cnn.settings.augment import AugmentSettings
 from contextual_cnn.settings.data import DataSettings
-from tests import reference
+from tests.helpers import reference
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CPU = torch.device("cpu")

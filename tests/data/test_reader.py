@@ -14,7 +14,7 @@ from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError
 from contextual_cnn.settings.augment import AugmentSettings
 from contextual_cnn.settings.data import DataSettings
-from tests.data.layouts import write_layout
+from tests.helpers.layouts import write_layout
 
 
 def test_batches_hold_the_bytes_of_their_images_in_order(image_root):
@@ -40,4 +40,4 @@ def test_an_image_that_cannot_be_read_is_named(image_root, tmp_path, layout, dam
     expected = r"train-000\.tar:" if layout == "shards" else f"{name} cannot be used"
     with pytest.raises(UserError, match=expected) as error:
         next(batches)
-    assert "scripts/check_data.py" in error.value.fix
+    assert "scripts/data/check_data.py" in error.value.fix

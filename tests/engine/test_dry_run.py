@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import run_group, small_run
-from tests.quick_start import run
+from tests.helpers.quick_start import run
 
 pytestmark = pytest.mark.run
 

@@ -9,7 +9,7 @@ from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.models import build_model
 from contextual_cnn.settings.loss import LossSettings
 from contextual_cnn.settings.model import ModelSettings
-from tests import reference
+from tests.helpers import reference
 
 B, N = 6, 8
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from contextual_cnn.models.contextual_conv import Convolution, _Replacement, replace_convolution
 from tests.conftest import wake_up
-from tests.fake_cuda import run_under_autocast
+from tests.helpers.fake_cuda import run_under_autocast
 
 KINDS = [kind for kind in get_args(Convolution) if kind != "plain"]
 LAYERS = {"contextual_convnext_tiny": 5, "contextual_resnet50": 13}

@@ -251,7 +251,7 @@ def test_bfloat16_autocast_keeps_scores_in_float32():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_without_graph_breaks(training):
-    """By inductor, gradients included: tests/test_scripts.py, the GPU check on a CPU."""
+    """By inductor, gradients included: tests/end_to_end/test_scripts.py, the GPU check on a CPU."""
     model = wake_up(atto()).train(training)
     images = torch.randn(2, 3, 64, 64)
     expected = model(images, staged=True)

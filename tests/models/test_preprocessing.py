@@ -6,8 +6,8 @@ import torch
 
 from contextual_cnn.models.preprocessing import warn_of_other_pixels
 from tests.conftest import small_run
-from tests.quick_start import run
-from tests.scripts.run_folders import write_run
+from tests.helpers.quick_start import run
+from tests.helpers.run_folders import write_run
 
 IMAGENET = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], crop_pct=0.875, interpolation="bicubic")
 OWN = dict(mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5], crop_pct=0.95, interpolation="bilinear")  # of test_resnet

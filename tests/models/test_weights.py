@@ -9,8 +9,8 @@ from contextual_cnn.errors import UserError
 from contextual_cnn.models import build_model
 from contextual_cnn.runs.checkpoint import DamagedCheckpoint
 from contextual_cnn.settings.model import ModelSettings
-from tests.hostile import write_whole
-from tests.scripts.run_folders import write_run
+from tests.helpers.hostile import write_whole
+from tests.helpers.run_folders import write_run
 
 TINY = dict(name="contextual_convnext_atto", timm_options={"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]})
 

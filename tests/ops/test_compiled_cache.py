@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from contextual_cnn.ops.compiled_cache import load_cached
-from tests import quick_start
 from tests.conftest import HAS_COMPILER
+from tests.helpers import quick_start
 
 NOBODY = 65534
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler on this machine")
@@ -38,7 +38,7 @@ class Kernels:
 
     def start(self, number: int = 0) -> quick_start.Command:
         output = self._folder / f"output_{number}"
-        return quick_start.Command("tests/ops/fresh_process.py", output=output, **self._environment)
+        return quick_start.Command("tests/helpers/fresh_process.py", output=output, **self._environment)
 
     def compute(self) -> None:
         process = self.start()

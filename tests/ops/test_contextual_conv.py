@@ -11,8 +11,8 @@ from torchvision.ops import deform_conv2d
 from contextual_cnn.errors import UserError
 from contextual_cnn.ops import contextual_conv2d, sampled_conv, sampled_conv_cpp
 from contextual_cnn.ops.contextual_conv import output_size
-from tests import reference
 from tests.conftest import HAS_COMPILER
+from tests.helpers import reference
 
 
 @pytest.fixture(params=["cpp", "torch"], autouse=True)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contextual_cnn.ops import contextual_conv2d, sampled_conv, sampled_conv_torch, sampled_conv_triton
-from tests import reference
 from tests.conftest import run_python
+from tests.helpers import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -189,7 +189,7 @@ def test_the_same_bits_every_time():
 
 @pytest.mark.slow
 def test_compiles_for_sm_90_without_spilling_registers():
-    done = run_python("scripts/compile_kernels.py", TRITON_INTERPRET="0")
+    done = run_python("scripts/dev/compile_kernels.py", TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
     kernels = json.loads(done.stdout)["kernels"]
     assert {kernel["kernel"] for kernel in kernels} == {"forward_kernel", "weight_offset_kernel", "input_kernel"}

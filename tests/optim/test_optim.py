@@ -13,7 +13,7 @@ from contextual_cnn.optim import build_optimizer, build_schedule, clip_gradients
 from contextual_cnn.settings.model import ModelSettings
 from contextual_cnn.settings.optimizer import OptimizerSettings
 from contextual_cnn.settings.schedule import ScheduleSettings
-from tests import reference
+from tests.helpers import reference
 
 
 def test_biases_norms_embeddings_and_temperature_do_not_decay():

@@ -15,10 +15,10 @@ from contextual_cnn.distributed import World
 from contextual_cnn.errors import run_script
 from contextual_cnn.settings.augment import AugmentSettings
 from contextual_cnn.settings.data import DataSettings
-from scripts import check_data
+from scripts.data import check_data
 from tests.conftest import small_run
-from tests.data.layouts import LAYOUTS, write_layout
-from tests.quick_start import run
+from tests.helpers.layouts import LAYOUTS, write_layout
+from tests.helpers.quick_start import run
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_bad_images_are_found_and_training_runs_without_them(damaged, check, tmp
 @pytest.mark.run
 def test_train_py_takes_the_exclude_list_that_many_processes_made(damaged, tmp_path):
     exclude = tmp_path / "exclude.txt"
-    check = ("scripts/check_data.py", str(damaged), "--workers", "3", "--write-exclude", str(exclude))
+    check = ("scripts/data/check_data.py", str(damaged), "--workers", "3", "--write-exclude", str(exclude))
     status, printed = run(*check, output=tmp_path / "checked")
     assert status == 1, printed
     command = small_run(damaged, tmp_path / "out", f"data.exclude={exclude}", "trainer.max_steps=1")

@@ -31,7 +31,9 @@ def source(tmp_path_factory):
 
 @pytest.mark.slow
 def test_fashion_becomes_class_folders_and_the_variants_a_table(source, tmp_path):
-    done = run_command("scripts/prepare_fashion.py", str(tmp_path / "fashion"), "--source", str(source), "--val", "1")
+    done = run_command(
+        "scripts/data/prepare_fashion.py", str(tmp_path / "fashion"), "--source", str(source), "--val", "1"
+    )
     assert done.returncode == 0, done.stderr
     images = sorted((tmp_path / "fashion").glob("*/*/*.jpg"))
     assert [len([path for path in images if split in path.parts]) for split in ("train", "val")] == [20, 10]
@@ -42,21 +44,21 @@ def test_fashion_becomes_class_folders_and_the_variants_a_table(source, tmp_path
     small = ["schedule.epochs=2", "schedule.warmup_epochs=0", "trainer.eval_every=2", "trainer.max_steps=4"]
     small += [f"data.root={tmp_path / 'fashion'}", "trainer.global_batch_size=10", "trainer.micro_batch_size=10"]
     chosen = ["--data", "fashion", "--variants", "a1", "a5-blind", "--seeds", "0", "--folder", str(tmp_path / "runs")]
-    done = run_command("scripts/evidence.py", *small, *chosen)
+    done = run_command("scripts/dev/evidence.py", *small, *chosen)
     assert done.returncode == 0, done.stderr
     rows = {row["variant"]: row for row in json.loads(done.stdout)["results"]}
     assert 0 <= rows["a1"]["val_ema/top1"]["mean"] <= 100
     assert "val_ema/recall_stage1" not in rows["a1"]
     assert rows["a5-blind"]["val_ema/recall_stage1"]["mean"] == 100  # all ten classes are kept
     chosen.remove("a5-blind")
-    again = run_command("scripts/evidence.py", *small, *chosen)
+    again = run_command("scripts/dev/evidence.py", *small, *chosen)
     assert json.loads(again.stdout)["results"] == [rows["a1"]]
     assert "complete" in again.stderr
 
 
 def test_files_that_are_not_fashion_mnist_are_refused(source, tmp_path):
     def refusal(folder):
-        done = run_command("scripts/prepare_fashion.py", str(tmp_path / "out"), "--source", str(folder))
+        done = run_command("scripts/data/prepare_fashion.py", str(tmp_path / "out"), "--source", str(folder))
         assert done.returncode == 2
         return done.stderr
 

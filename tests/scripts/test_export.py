@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import contextual_cnn.models  # noqa: F401 - registers them
 from contextual_cnn.runs.checkpoint import write_checkpoint
 from tests.conftest import run_command
-from tests.scripts.run_folders import CLASSES, SIZE, write_run
+from tests.helpers.run_folders import CLASSES, SIZE, write_run
 
 pytestmark = pytest.mark.run
 
@@ -30,7 +30,7 @@ def run(tmp_path_factory):
 
 
 def export(folder, kind):
-    done = run_command("scripts/export.py", "--checkpoint", str(folder), "--format", kind)
+    done = run_command("scripts/model/export.py", "--checkpoint", str(folder), "--format", kind)
     assert done.returncode == 0, done.stderr
     assert "largest difference of the logits" in done.stdout
     return folder / "export" / kind
@@ -90,7 +90,7 @@ def test_several_checkpoints_become_their_mean(run, tmp_path):
     state["model"] = {name: 3 * tensor for name, tensor in state["model"].items()}
     write_checkpoint(state, tmp_path / "other.pt")
     command = ["--checkpoint", str(folder), str(tmp_path / "other.pt"), "--format", "timm", "--output", str(tmp_path)]
-    done = run_command("scripts/export.py", *command)
+    done = run_command("scripts/model/export.py", *command)
     assert done.returncode == 0, done.stderr
     assert "the mean of 2 checkpoints" in done.stdout
     for name, tensor in load_file(tmp_path / "model.safetensors").items():
@@ -99,7 +99,7 @@ def test_several_checkpoints_become_their_mean(run, tmp_path):
 
 def test_what_cannot_be_exported_says_so(tmp_path):
     write_run(tmp_path, convolution="weight_offsets")
-    done = run_command("scripts/export.py", "--checkpoint", str(tmp_path), "--format", "onnx")
+    done = run_command("scripts/model/export.py", "--checkpoint", str(tmp_path), "--format", "onnx")
     assert done.returncode == 2
     assert "weight_offsets" in done.stderr
     assert "fix: --format timm" in done.stderr

@@ -1,4 +1,4 @@
-"""scripts/plan_cluster.py from the command line."""
+"""scripts/cluster/plan_cluster.py from the command line."""
 
 import json
 
@@ -8,7 +8,7 @@ from tests.conftest import run_command
 
 pytestmark = pytest.mark.run
 
-SMALL = ("scripts/plan_cluster.py", "--model", "contextual_convnext_atto", "--gpus", "1", "8")
+SMALL = ("scripts/cluster/plan_cluster.py", "--model", "contextual_convnext_atto", "--gpus", "1", "8")
 
 
 def test_the_speed_comes_from_an_argument_a_dry_run_or_a_run(tmp_path):
@@ -48,6 +48,6 @@ def test_mistakes_have_a_cause_and_a_fix(arguments, cause):
 
 
 def test_the_help_states_the_formulas():
-    printed = run_command("scripts/plan_cluster.py", "--help").stdout
+    printed = run_command("scripts/cluster/plan_cluster.py", "--help").stdout
     assert "2 (n-1)/n * G / w" in printed
     assert "the best case" in printed

@@ -21,7 +21,7 @@ def runs(tmp_path):
 
 
 def plot(*arguments):
-    return run_command("scripts/plot.py", *map(str, arguments))
+    return run_command("scripts/analysis/plot.py", *map(str, arguments))
 
 
 @pytest.mark.parametrize(

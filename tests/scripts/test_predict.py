@@ -10,9 +10,9 @@ from PIL import Image
 from timm.data import create_transform
 
 from contextual_cnn.errors import run_script
-from scripts import predict as script
-from tests.data.malformed import resized
-from tests.scripts.run_folders import CLASSES, SIZE, write_run
+from scripts.model import predict as script
+from tests.helpers.malformed import resized
+from tests.helpers.run_folders import CLASSES, SIZE, write_run
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,9 @@ from PIL import Image
 
 from contextual_cnn.data.sources import find_layout, open_source
 from contextual_cnn.errors import run_script
-from scripts import prepare_imagenet
+from scripts.data import prepare_imagenet
 from tests.conftest import ROOT, run_command
-from tests.data.layouts import LAYOUTS
-from tests.scripts.archives import (
+from tests.helpers.archives import (
     COUNTS,
     DEVKIT,
     TRAIN,
@@ -32,6 +31,7 @@ from tests.scripts.archives import (
     write_devkit,
     write_sums,
 )
+from tests.helpers.layouts import LAYOUTS
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_resizing_shrinks_training_images_only_and_keeps_small_ones(archives, pr
 def test_a_killed_run_goes_on_to_the_identical_result(archives, prepare, tmp_path, layout):
     """Killed while its processes write images; then run to its end."""
     slowly = (
-        "import sys, time; sys.path.insert(0, '.'); from scripts import prepare_imagenet as script\n"
+        "import sys, time; sys.path.insert(0, '.'); from scripts.data import prepare_imagenet as script\n"
         "encode = script.encode\n"
         "script.encode = lambda *image: (time.sleep(0.05), encode(*image))[1]\n"
         "script.main()"
@@ -164,7 +164,7 @@ def written(root):
 def test_many_processes_write_the_same_as_one(archives, prepare, tmp_path):
     assert prepare(archives, tmp_path / "one", "--layout", "shards", "--shard-images", "9")[0] == 0
     arguments = [archives, tmp_path / "many", "--layout", "shards", "--shard-images", "9", "--workers", "3"]
-    many = run_command("scripts/prepare_imagenet.py", *map(str, arguments), "--sums", str(archives / "sums.txt"))
+    many = run_command("scripts/data/prepare_imagenet.py", *map(str, arguments), "--sums", str(archives / "sums.txt"))
     assert many.returncode == 0, many.stderr
     assert snapshot(tmp_path / "many") == snapshot(tmp_path / "one")
 
@@ -312,7 +312,7 @@ def test_a_changed_bit_is_found_by_the_sum(spoiled, prepare, tmp_path, archive):
 
 
 def test_the_official_sums_are_the_default(archives, prepare, tmp_path, monkeypatch):
-    done = run_command("scripts/prepare_imagenet.py", str(archives), str(tmp_path / "root"))
+    done = run_command("scripts/data/prepare_imagenet.py", str(archives), str(tmp_path / "root"))
     assert done.returncode == 2
     assert done.stderr.splitlines()[-2].endswith(
         "expected 1d675b47d978889d74fa0da5fadfb00e: it is damaged or another file"

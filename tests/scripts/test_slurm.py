@@ -1,4 +1,4 @@
-"""scripts/slurm/train.sbatch: bash understands it, and it does its part, with stand-ins for SLURM's two commands."""
+"""scripts/cluster/train.sbatch: bash understands it, and it does its part, with stand-ins for SLURM's two commands."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from tests.conftest import ROOT, small_run
 
 pytestmark = pytest.mark.run
 
-SCRIPTS = ["scripts/slurm/train.sbatch", "scripts/launch.sh"]
+SCRIPTS = ["scripts/cluster/train.sbatch", "scripts/launch.sh"]
 
 # One node called localhost; srun runs the command here, and passes signals on as SLURM's does
 STAND_INS = {
@@ -62,7 +62,7 @@ def environment(tmp_path):
 def start(environment, tmp_path, *arguments):
     with (tmp_path / "output").open("w") as output:
         return subprocess.Popen(
-            ["bash", "scripts/slurm/train.sbatch", *arguments],
+            ["bash", "scripts/cluster/train.sbatch", *arguments],
             cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""scripts/slurm/submit.py, by submitit's local executor: a job that is signalled saves, comes back, and goes on."""
+"""scripts/cluster/submit.py, by submitit's local executor: a job that is signalled saves, comes back, and goes on."""
 
 import os
 import re
@@ -15,8 +15,8 @@ from tests.conftest import ROOT, run_command
 
 pytestmark = pytest.mark.run
 
-# In the place of torchrun and the training, which tests/test_launcher.py and test_slurm.py run: saves at the first
-# call's signal, is complete at the second call
+# In the place of torchrun and the training, which test_launcher.py and test_slurm.py run: saves at the first call's
+# signal, is complete at the second call
 TRAINING = """#!/usr/bin/env bash
 echo "$@" >> "$CALLS"
 [ "$(wc -l < "$CALLS")" = 2 ] && exit 0
@@ -30,7 +30,7 @@ def test_a_job_that_is_signalled_comes_back_with_the_same_command(tmp_path):
     python.write_text(TRAINING)
     python.chmod(0o755)
     submit = subprocess.Popen(
-        [sys.executable, "scripts/slurm/submit.py", "--local", "--logs", str(tmp_path / "logs"), "run_name=a b"],
+        [sys.executable, "scripts/cluster/submit.py", "--local", "--logs", str(tmp_path / "logs"), "run_name=a b"],
         cwd=ROOT,
         env={**os.environ, "PYTHON": str(python), "CALLS": str(calls)},
         stdout=subprocess.PIPE,
@@ -60,7 +60,7 @@ def test_a_signal_before_the_launcher_is_started_brings_the_job_back_too():
 
 
 def test_it_explains_itself():
-    printed = run_command("scripts/slurm/submit.py", "--help").stdout
+    printed = run_command("scripts/cluster/submit.py", "--help").stdout
     assert "--partition" in printed
     assert "goes back into the queue" in " ".join(printed.split())
 
@@ -72,7 +72,7 @@ def test_what_slurm_is_told(tmp_path):
         (commands / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (commands / name).chmod(0o755)
     done = run_command(
-        "scripts/slurm/submit.py",
+        "scripts/cluster/submit.py",
         *("--logs", str(tmp_path / "logs"), "--nodes", "2", "--partition", "gpu", "--hours", "0.5", "run_name=a"),
         PATH=f"{commands}:{os.environ['PATH']}",
     )

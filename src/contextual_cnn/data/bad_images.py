@@ -94,4 +94,4 @@ def blank_if_bad(
         return None, blank
 
 
-_FIX = "list bad images in a file for data.exclude (scripts/check_data.py ROOT --write-exclude FILE)"
+_FIX = "list bad images in a file for data.exclude (scripts/data/check_data.py ROOT --write-exclude FILE)"

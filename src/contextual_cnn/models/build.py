@@ -62,7 +62,7 @@ def _check_name(name: str) -> None:
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5) or timm.list_models("contextual_*")
         raise UserError(
             f"there is no model named {name!r}",
-            f"did you mean {', '.join(near)}? python scripts/describe_model.py '*{name.split('_')[0]}*' lists more",
+            f"did you mean {', '.join(near)}? more: python scripts/model/describe_model.py '*{name.split('_')[0]}*'",
         )
     if dot:
         raise UserError(

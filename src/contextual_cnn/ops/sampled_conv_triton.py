@@ -32,7 +32,7 @@ from contextual_cnn.ops.layout import map_back, output_shape, pixels, taps, taps
 
 @dataclass(frozen=True)
 class Blocks:
-    """What one program works on. Timed nowhere yet: chosen for no register spills on sm_90 (scripts/tune_kernels.py).
+    """What one program works on. Not timed yet: chosen for no register spills on sm_90 (scripts/dev/tune_kernels.py).
 
     positions, channels: of a block in the first two kernels. chunks: blocks of channels a program serves, at most.
     pixels, points: of a matrix of hats. warps: of the first two kernels. hat_warps: of the third.

@@ -18,7 +18,7 @@ from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError
 from contextual_cnn.settings.augment import AugmentSettings
 from contextual_cnn.settings.data import DataSettings
-from tests.data.layouts import LAYOUTS, flat_name, write_layout
+from tests.helpers.layouts import LAYOUTS, flat_name, write_layout
 
 
 def world(rank=0, size=1):

@@ -1,8 +1,8 @@
 """Images in any folders below the root, and a list with the class of each: ROOT/train.txt and ROOT/val.txt.
 
 A line is `relative/path class_index`, with blanks or tabs in between. Files are not looked for one by one at opening,
-which would take minutes on a network file system: scripts/check_data.py does that, and reading names the file that is
-missing.
+which would take minutes on a network file system: scripts/data/check_data.py does that, and reading names the file
+that is missing.
 """
 
 import os
