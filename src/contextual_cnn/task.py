@@ -4,6 +4,7 @@ The loop (engine/) knows steps, gradients, averages, checkpoints and processes. 
 measures. The tasks are listed in tasks/__init__.py.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
@@ -94,7 +95,7 @@ class Evaluation(Protocol):
 
 
 class Task(Protocol):
-    """What the loop does not know.
+    """What the loop does not know. A task is a subclass; what it does not need it leaves as it is here.
 
     Attributes:
         best: by what best.pt is chosen.
@@ -104,6 +105,7 @@ class Task(Protocol):
     best: Metric
     settings: Any
 
+    @abstractmethod
     def build_model(self) -> nn.Module:
         """On the CPU. The global generators have been seeded."""
         ...
@@ -111,51 +113,57 @@ class Task(Protocol):
     def check_model(self, model: nn.Module, plan: BatchPlan) -> None:
         """Raises UserError for a model that these batches cannot train; warns of what looks like a mistake."""
 
+    @abstractmethod
     def batches(self, position: Position) -> Iterator[Any]:
         """This rank's endless micro-batches from a position on."""
         ...
 
     def prepare(self, batch: Any) -> Any:
         """What is drawn for a whole micro-batch on its device. The global generators have been seeded for it."""
-        ...
+        return batch
 
+    @abstractmethod
     def forward(self, call: Call, batch: Any) -> Outcome:
         """The model's answer to a prepared micro-batch, and its loss."""
         ...
 
-    def evaluation(self, world: World) -> Evaluation: ...
+    @abstractmethod
+    def evaluation(self, world: World) -> Evaluation:
+        """Of the validation split."""
+        ...
 
     def evidence(self, batch: Any) -> dict[str, Any]:
         """What is kept in a file of a micro-batch whose loss is not finite: tensors on the CPU, plain values."""
-        ...
+        return {}
 
     def facts(self) -> dict[str, str]:
         """What must be the same on all ranks, by name: see `agreement`."""
-        ...
+        return {}
 
+    @abstractmethod
     def record(self) -> dict[str, Any]:
-        """What a checkpoint holds of the data: "classes", "images" and "listing"."""
+        """What a checkpoint holds of the data: "classes" (names), "images" (a number) and "listing" (a digest)."""
         ...
 
-    def samples(self) -> dict[str, int]:
-        """How many there are, by split."""
-        ...
-
-    def describe_step(self, metrics: Mapping[str, float]) -> str:
-        """The losses and hits of a log step, in one line."""
-        ...
-
-    def describe_evaluation(self, reports: Mapping[str, Mapping[str, float]]) -> str:
-        """Reports by the name of the weights, in one line."""
-        ...
-
-    def remarks(self, model: nn.Module, report: Mapping[str, float]) -> Iterator[str]:
-        """Warnings that an evaluation gives cause for."""
-        ...
+    def splits(self) -> dict[str, int]:
+        """The number of samples of each split."""
+        return {"train": self.record()["images"]}
 
     def log_summary(self) -> None:
         """Logs what the data are, before the model is built."""
 
     def describe(self, model: nn.Module) -> str:
         """Name, size and kind of the model in one line."""
-        ...
+        return f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
+
+    def describe_step(self, metrics: Mapping[str, float]) -> str:
+        """The losses and hits of a log step, in one line."""
+        return f"loss {metrics['loss']:.3f}"
+
+    def describe_evaluation(self, reports: Mapping[str, Mapping[str, float]]) -> str:
+        """Reports by the name of the weights, in one line."""
+        return ", ".join(f"{name} {self.best.label} {report[self.best.name]:.2f}" for name, report in reports.items())
+
+    def remarks(self, model: nn.Module, report: Mapping[str, float]) -> Iterable[str]:
+        """Warnings that an evaluation gives cause for."""
+        return ()

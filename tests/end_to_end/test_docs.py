@@ -17,8 +17,9 @@ from PIL import Image
 
 from contextual_cnn.contracts import StagedScores
 from contextual_cnn.models import build_model
+from contextual_cnn.runs.loggers import read_metrics
 from contextual_cnn.settings.model import ModelSettings
-from tests.conftest import wake_up
+from tests.conftest import run_python, small_run, wake_up
 from tests.helpers.archives import VAL_IDS, write_archives
 from tests.helpers.documentation import PAGES, ROOT, blocks, commands, is_test
 from tests.helpers.quick_start import run
@@ -239,7 +240,7 @@ def before(page, command, place):
 
 def test_the_new_backbone_is_a_model_like_the_others(tmp_path, monkeypatch):
     """docs/extend.md: its code as a module, its yaml as the model's config."""
-    (code,), (config,) = (blocks(ROOT / "docs" / "extend.md", language) for language in ("python", "yaml"))
+    (code, *_), (config, _) = (blocks(ROOT / "docs" / "extend.md", language) for language in ("python", "yaml"))
     (tmp_path / "fournet.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module("fournet")
@@ -252,3 +253,42 @@ def test_the_new_backbone_is_a_model_like_the_others(tmp_path, monkeypatch):
     assert model.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 10)
     features = timm.create_model("contextual_fournet", features_only=True, out_indices=(0, 2))
     assert [m.shape[1:] for m in features(torch.randn(1, 3, 64, 64))] == [(32, 16, 16), (128, 4, 4)]
+
+
+WITH_MEAN_COLOR = """
+import runpy, sys
+from contextual_cnn import tasks
+folder, *sys.argv = sys.argv[1:]
+tasks.__path__.append(folder)
+from contextual_cnn.tasks.mean_color.settings import MeanColorSettings
+tasks.TASKS["mean_color"] = MeanColorSettings
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.run
+def test_a_task_as_the_page_shows_it_trains_and_is_evaluated(image_root, tmp_path):
+    """docs/extend.md: its code as a task's folder, its yaml as the task's config; stopped, and resumed."""
+    (_, settings, task), (_, config) = (blocks(ROOT / "docs" / "extend.md", kind) for kind in ("python", "yaml"))
+    write_files(
+        tmp_path, {"mean_color/settings.py": settings, "mean_color/task.py": task, "task/mean_color.yaml": config}
+    )
+    script, *overrides = small_run(image_root, tmp_path)
+    overrides = [override for override in overrides if not override.startswith("model")]
+    overrides += ["task=mean_color", "model=timm", "model.name=resnet18", "optimizer.lr=0.01", "trainer.ema_decay=null"]
+    command = ["-c", WITH_MEAN_COLOR, str(tmp_path), script, "--config-dir", str(tmp_path), *overrides]
+    for steps in ("trainer.max_steps=7", "trainer.max_steps=null"):
+        done = run_python(*command, steps)
+        assert done.returncode == 0, done.stderr
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    losses = {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+    assert sorted(losses) == list(range(1, 13))
+    assert losses[12] < losses[1] / 2
+    fits = [row["val/fit"] for row in rows if "val/fit" in row]
+    assert 0 < fits[0] < fits[-1] < 1
+
+
+def write_files(folder, texts):
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)

@@ -83,7 +83,7 @@ def rehearse(trainer: Trainer, folder: Path) -> Forecast:
         model=trainer.record["config"]["model"]["name"],
         parameters=sum(parameter.numel() for parameter in trainer.train_step.module.parameters()),
         device=_device_name(trainer.world.device),
-        images=trainer.task.samples(),
+        images=trainer.task.splits(),
         classes=len(trainer.record["classes"]),
         processes=plan.world_size,
         global_batch=plan.global_batch,

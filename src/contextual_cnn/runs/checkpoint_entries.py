@@ -4,7 +4,7 @@ format       the version of this list
 model, ema   tensors by name, raw and averaged; ema is None without an average
 config       what was trained: groups of plain values, "model" and "data" among them
 classes      their names, in the order of the logits
-best         of the best evaluation so far: top-1, epoch, and which weights it was of, "raw" or "ema"
+best         of the best evaluation so far: its figure (top1), epoch, and which weights it was of, "raw" or "ema"
 step ...     where the training stands
 """
 
@@ -124,16 +124,15 @@ def _are_names(value: Any) -> bool:
 
 
 def _is_record(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and type(value.get("top1")) in (int, float)
-        and math.isfinite(value["top1"])
-        and _is_count(value.get("epoch"))
-        and type(value.get("weights")) is str
-        and value["weights"] in ("raw", "ema")
-    )
+    """A figure under the name that the task has for it, beside epoch and weights."""
+    if not isinstance(value, dict) or len(value) != 3 or not value.keys() >= {"epoch", "weights"}:
+        return False
+    figures = [figure for name, figure in value.items() if name not in ("epoch", "weights")]
+    is_number = type(figures[0]) in (int, float) and math.isfinite(figures[0])
+    return is_number and _is_count(value["epoch"]) and type(value["weights"]) is str and value["weights"] in _WEIGHTS
 
 
+_WEIGHTS = ("raw", "ema")
 _COUNT = ("an integer of 0 or more", _is_count)
 _STATE = ("tensors by name", _is_state)
 _ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -143,7 +142,7 @@ _ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "optimizer": ("keys and values", lambda value: isinstance(value, dict)),
     "config": ("keys and plain values", _is_config),
     "classes": ("a list of names", _are_names),
-    "best": ("top1, epoch, and weights of raw or ema", _is_record),
+    "best": ("a figure, epoch, and weights of raw or ema", _is_record),
     "step": _COUNT,
     "epoch": _COUNT,
     "ended_step": _COUNT,

@@ -17,7 +17,7 @@ from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.models import build_model, describe
 from contextual_cnn.models.preprocessing import warn_of_other_pixels
 from contextual_cnn.runs.agreement import digest
-from contextual_cnn.task import Call, Metric, Outcome, Position
+from contextual_cnn.task import Call, Metric, Outcome, Position, Task
 from contextual_cnn.tasks.image_classification.hits import labels_of, stage_hits, top_hits
 from contextual_cnn.tasks.image_classification.measure import ClassificationEvaluation
 from contextual_cnn.tasks.image_classification.settings import ImageClassificationSettings
@@ -25,7 +25,7 @@ from contextual_cnn.tasks.image_classification.settings import ImageClassificati
 log = logging.getLogger(__name__)
 
 
-class ImageClassification:
+class ImageClassification(Task):
     """Staged scores of images, and the staged loss; a plain model is its own only stage."""
 
     best = Metric("top1", "top-1")
@@ -86,7 +86,7 @@ class ImageClassification:
             "listing": self._listings["train"],
         }
 
-    def samples(self) -> dict[str, int]:
+    def splits(self) -> dict[str, int]:
         """Images of each split."""
         return {split: len(source) for split, source in self.data.sources.items()}
 
