@@ -17,22 +17,24 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from contextual_cnn import cli
+from contextual_cnn import exits
+from contextual_cnn.config import read_config
 from contextual_cnn.errors import UserError
 from contextual_cnn.runs.checkpoint_files import find_checkpoint, has_checkpoint
 from contextual_cnn.runs.own_files import check_writable
+from contextual_cnn.schema import Group, schema_of
 from contextual_cnn.settings.data import DataSettings
 from contextual_cnn.settings.evaluation import DATA_KEYS, EvaluationSettings
 
-SCHEMA = cli.schema_of(EvaluationSettings) | {"data": cli.Group(DataSettings, DATA_KEYS)}
+SCHEMA = schema_of(EvaluationSettings) | {"data": Group(DataSettings, DATA_KEYS)}
 
 
 @hydra.main(
     version_base="1.3", config_path=str(Path(__file__).resolve().parent / "conf" / "evaluate"), config_name="evaluate"
 )
-@cli.job
+@exits.job
 def main(hydra_config: DictConfig) -> None:
-    config = cli.read_config(hydra_config, SCHEMA)
+    config = read_config(hydra_config, SCHEMA)
     given = {key: value for key, value in config["data"].items() if value is not None}
     settings = EvaluationSettings(**config | {"data": given})
     checkpoints = _checkpoints(settings.checkpoint)
@@ -66,4 +68,4 @@ def _check_file(key: str, path: Path, checkpoints: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    exits.run(main)

@@ -15,23 +15,26 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from contextual_cnn import cli
+from contextual_cnn import exits
 from contextual_cnn.batch_plan import BatchPlan
+from contextual_cnn.command_line import check_sweep
+from contextual_cnn.config import read_config
 from contextual_cnn.errors import Stopped
 from contextual_cnn.guards.stopping import StopRequest
 from contextual_cnn.launcher import world_size
 from contextual_cnn.runs.loggers import check_key
+from contextual_cnn.schema import Schema, schema_of
 from contextual_cnn.settings.keys import record_of
 from contextual_cnn.settings.run import RunSettings
 from contextual_cnn.tasks import task_settings
 
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).resolve().parent / "conf"), config_name="train")
-@cli.job
+@exits.job
 def main(hydra_config: DictConfig) -> None:
-    cli.check_sweep(hydra_config, "run_name")
+    check_sweep(hydra_config, "run_name")
     kind = task_settings(hydra_config.get("task"))
-    config = cli.read_config(hydra_config, schema(kind))
+    config = read_config(hydra_config, schema(kind))
     settings = record_of(RunSettings, config)
     check_key(settings.logger)
     found = record_of(kind, config).open()
@@ -50,10 +53,10 @@ def main(hydra_config: DictConfig) -> None:
         raise Stopped
 
 
-def schema(task: type) -> cli.Schema:
+def schema(task: type) -> Schema:
     """The keys of a run: those that all have, and the task's own."""
-    return cli.schema_of(RunSettings) | cli.schema_of(task)
+    return schema_of(RunSettings) | schema_of(task)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    exits.run(main)

@@ -14,7 +14,9 @@ from hydra.core.hydra_config import HydraConfig
 
 import evaluate
 import train
-from contextual_cnn import cli
+from contextual_cnn import exits
+from contextual_cnn.command_line import check_sweep
+from contextual_cnn.config import read_config
 from contextual_cnn.contracts import StagedScores
 from contextual_cnn.data.image_data import ImageData
 from contextual_cnn.errors import UserError
@@ -22,6 +24,7 @@ from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.models import build_model
 from contextual_cnn.optim import build_optimizer, build_schedule
 from contextual_cnn.runs.checkpoint_store import CheckpointStore
+from contextual_cnn.schema import check_config
 from contextual_cnn.settings.augment import AugmentSettings
 from contextual_cnn.settings.checkpoint import CheckpointSettings
 from contextual_cnn.settings.data import DataSettings
@@ -55,17 +58,17 @@ def _fresh_hydra():
 
 def composed(*overrides):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return cli.read_config(compose("train", [f"data.root={CONF}", *overrides]), SCHEMAS[train])
+        return read_config(compose("train", [f"data.root={CONF}", *overrides]), SCHEMAS[train])
 
 
 def refused(arguments, monkeypatch, capsys, script=train):
     """A command that ends with status 2: cause and fix, without the words around them."""
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments])
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    cli._wants_traceback.cache_clear()
+    exits._wants_traceback.cache_clear()
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        cli.run(script.main)
+        exits.run(script.main)
     printed = capsys.readouterr().err
     assert stopped.value.code == 2, printed
     assert "Traceback" not in printed
@@ -81,12 +84,12 @@ def read(arguments, monkeypatch, script=train):
     folder, name = (CONF, "train") if script is train else (CONF / "evaluate", "evaluate")
 
     @hydra.main(version_base="1.3", config_path=str(folder), config_name=name)
-    @cli.job
+    @exits.job
     def main(config):
-        seen.append(cli.read_config(config, SCHEMAS[script]))
+        seen.append(read_config(config, SCHEMAS[script]))
 
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments])
-    cli.run(main)
+    exits.run(main)
     return seen
 
 
@@ -249,7 +252,7 @@ def test_numbers_out_of_range_are_refused(argument, image_root, tmp_path, monkey
     arguments = [f"data.root={image_root}", *small, argument, f"output_dir={tmp_path}"]
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     with pytest.raises(SystemExit) as stopped:
-        cli.run(train.main)
+        exits.run(train.main)
     printed = capsys.readouterr().err
     assert stopped.value.code == 2
     assert argument.split("=")[0].split(".")[-1] in printed.splitlines()[0]
@@ -263,7 +266,7 @@ def recipe():
 
 def start(config, root):
     """What train.py makes of a config before a run folder is made."""
-    cli.check_config(config, SCHEMAS[train])
+    check_config(config, SCHEMAS[train])
     TrainerSettings(**config["trainer"])
     AugmentSettings(**config["augment"])
     ImageData(DataSettings(**config["data"] | {"root": str(root)}))
@@ -315,7 +318,7 @@ def test_a_slip_in_any_key_is_answered_with_the_key():
                 if slip in config[group]:
                     continue
                 with pytest.raises(UserError, match=rf"^there is no key {group}\.{slip}\n") as refused:
-                    cli.check_config(config | {group: config[group] | {slip: 1}}, SCHEMAS[train])
+                    check_config(config | {group: config[group] | {slip: 1}}, SCHEMAS[train])
                 slips += 1
                 answered += refused.value.fix == f"did you mean {group}.{key}?"
     assert slips > 150
@@ -335,7 +338,7 @@ def test_a_slip_in_any_key_is_answered_with_the_key():
 def test_evaluations_mistakes(arguments, cause, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *(a.replace("CONF", str(CONF)) for a in arguments)])
     with pytest.raises(SystemExit) as stopped:
-        cli.run(evaluate.main)
+        exits.run(evaluate.main)
     assert stopped.value.code == 2
     assert cause in capsys.readouterr().err
 
@@ -486,13 +489,13 @@ def test_sweeps_with_names_of_their_own_start(arguments, monkeypatch, tmp_path):
     started = []
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
-    @cli.job
+    @exits.job
     def main(config):
-        cli.check_sweep(config, "run_name")
+        check_sweep(config, "run_name")
         started.append(config.run_name)
 
     monkeypatch.setattr(sys, "argv", ["train.py", "--multirun", f"output_dir={tmp_path}", *arguments])
-    cli.run(main)
+    exits.run(main)
     assert len(set(started)) == 2
 
 

@@ -23,7 +23,7 @@ from timm.models import (
 )
 
 import train
-from contextual_cnn import cli
+from contextual_cnn import exits
 from contextual_cnn.errors import UserError
 from contextual_cnn.models import build_model
 from contextual_cnn.settings.model import ModelSettings
@@ -242,7 +242,7 @@ def test_the_command_line_fetches_nothing(options, watch, image_root, tmp_path, 
         options = options.replace(name, str(value))
     monkeypatch.setattr(sys, "argv", small_run(image_root, tmp_path / "out", f"model.timm_options={options}"))
     with pytest.raises(SystemExit) as stopped:
-        cli.run(train.main)
+        exits.run(train.main)
     assert stopped.value.code == 2
     assert "timm_options" in capsys.readouterr().err.splitlines()[0]
     watch.assert_untouched()

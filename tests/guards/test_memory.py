@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from contextual_cnn import cli
+from contextual_cnn import exits
 from contextual_cnn.engine.training_step import TrainingStep
 from contextual_cnn.guards.memory import GrowthWatch
 from tests.conftest import run_python, small_run
@@ -21,7 +21,7 @@ def test_a_gpu_that_is_too_small_is_told_a_batch_that_keeps_the_recipe(image_roo
     monkeypatch.setattr(TrainingStep, "_accumulate", refuse)
     monkeypatch.setattr(sys, "argv", small_run(image_root, tmp_path))
     with pytest.raises(SystemExit) as stopped:
-        cli.run(train.main)
+        exits.run(train.main)
     assert stopped.value.code == 2
     printed = capsys.readouterr().err
     assert "does not suffice for 8 images at once (step 1)" in printed

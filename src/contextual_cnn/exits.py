@@ -1,4 +1,4 @@
-"""What the two entry scripts share: how they start and end, with errors made for people."""
+"""How the two entry scripts start and end: a mistake as its cause, its fix and exit status 2, and no traceback."""
 
 import contextlib
 import functools
@@ -18,13 +18,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from contextual_cnn.command_line import check_choices, check_sweep, explain
-from contextual_cnn.config import read_config
+from contextual_cnn.command_line import check_choices, explain
 from contextual_cnn.errors import STOPPED, LostProcess, Stopped, UserError, report_status
-from contextual_cnn.schema import Group, Schema, check_config, schema_of
 from contextual_cnn.text import print_any_text
-
-__all__ = ["Group", "Schema", "check_config", "check_sweep", "job", "read_config", "run", "schema_of"]
 
 
 def run(main: Callable[[], None]) -> None:
