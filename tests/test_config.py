@@ -1,5 +1,6 @@
 """Every YAML composes and builds; every mistake is explained. Through Hydra, as a user meets it."""
 
+import dataclasses
 import shlex
 import shutil
 import sys
@@ -28,6 +29,7 @@ from contextual_cnn.schema import check_config
 from contextual_cnn.settings.augment import AugmentSettings
 from contextual_cnn.settings.checkpoint import CheckpointSettings
 from contextual_cnn.settings.data import DataSettings
+from contextual_cnn.settings.logger import LoggerSettings
 from contextual_cnn.settings.loss import LossSettings
 from contextual_cnn.settings.model import ModelSettings
 from contextual_cnn.settings.optimizer import OptimizerSettings
@@ -127,6 +129,25 @@ def train_two_steps(model, loss, optimizer, schedule):
     after = list(model.parameters())
     assert all(parameter.isfinite().all() for parameter in after)
     assert any((a != b).any() for a, b in zip(after, before, strict=True))
+
+
+STAND_TWICE = {
+    "data": DataSettings, "augment": AugmentSettings, "loss": LossSettings, "optimizer": OptimizerSettings,
+    "schedule": ScheduleSettings, "trainer": TrainerSettings, "checkpoint": CheckpointSettings,
+    "logger": LoggerSettings,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("group", STAND_TWICE)
+def test_defaults_are_the_same_in_the_config_and_in_the_record(group):
+    """YAML must list every key, for --cfg job; a record must have them, for whoever uses it from Python."""
+    config = composed()[group]
+    for key in dataclasses.fields(STAND_TWICE[group]):
+        if key.default is not dataclasses.MISSING:
+            default = list(key.default) if isinstance(key.default, tuple) else key.default
+            assert config[key.name] == pytest.approx(default) if key.name == "ratio" else config[key.name] == default, (
+                key
+            )
 
 
 def test_the_default_is_the_papers_recipe():

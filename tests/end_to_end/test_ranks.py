@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from contextual_cnn.distributed import process_group
 from contextual_cnn.errors import UserError
 from tests.conftest import HAS_COMPILER, small_run
+from tests.helpers import quick_start
 from tests.helpers.endings import checkpoint
 from tests.helpers.kills import smallest_run
 from tests.helpers.quick_start import Command, group, run
@@ -45,17 +47,19 @@ def test_a_rank_that_hangs_shows_its_stacks_and_the_others_end(images, tmp_path)
     assert "rank 0, in the evaluation after step 3: another process" in ranks[0].printed
     assert "did not answer within 0.1 min" in ranks[0].printed
     ranks[1].wait_until(lambda: "its stacks follow" in ranks[1].printed and "reader.py" in ranks[1].printed)
-    assert "rank 1 has been in the evaluation after step 3 for 6 s" in ranks[1].printed
+    assert re.search(r"rank 1 .* evaluation after step 3 for \d+ s", ranks[1].printed)
     assert "its stacks follow" not in ranks[0].printed.split("error: ")[0]
     ranks[1].process.kill()
 
 
 def test_a_rank_that_never_comes_is_waited_for_as_long_as_set(image_root, tmp_path):
-    place = dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29876")
+    port = str(quick_start.free_port())
+    place = dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     command = smallest_run(image_root, tmp_path, "trainer.timeout_minutes=0.05")
     alone = Command(*command, output=tmp_path / "output", **place)
     assert alone.wait(60) == 1
-    assert "error: rank 0: 2 processes were to meet at 127.0.0.1:29876 within 0.05 min, and did not" in alone.printed
+    error = next(line for line in alone.printed.splitlines() if line.startswith("error: "))
+    assert [fact for fact in ("rank 0", "2 processes", f"127.0.0.1:{port}", "0.05 min") if fact not in error] == []
     assert "1/2 clients joined" in alone.printed
     assert "Traceback" not in alone.printed
 
@@ -104,7 +108,7 @@ def listening(pid: int) -> set[int]:
         (dict(RANK="x", WORLD_SIZE="2"), "RANK=x"),
         (dict(RANK="-1", WORLD_SIZE="2"), "RANK=-1"),
         (dict(RANK="5", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"), "RANK=5"),
-        (dict(RANK="0", WORLD_SIZE="2", MASTER_PORT="29876"), "MASTER_ADDR"),
+        (dict(RANK="0", WORLD_SIZE="2", MASTER_PORT="1"), "MASTER_ADDR"),
         (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1"), "MASTER_PORT"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -31,14 +31,16 @@ SOON = 20  # seconds
     [
         ("train.py", signal.SIGTERM, None),
         ("train.py", signal.SIGINT, "libtorch_cpu.so"),
-        ("train.py", signal.SIGUSR1, "ft2font"),
+        ("train.py", signal.SIGUSR1, "torchvision/_C"),
         ("evaluate.py", signal.SIGINT, "libtorch_cpu.so"),
     ],
-    ids=["train, first line", "train, imports of torch", "train, imports of matplotlib", "evaluate, imports of torch"],
+    ids=["train, first line", "train, imports of torch", "train, imports of torchvision", "evaluate, imports of torch"],
 )
 def test_a_signal_during_the_imports(image_root, tmp_path, script, number, library):
+    (tmp_path / "some.pt").touch()
+    arguments = small_run(image_root, tmp_path)[1:] if script == "train.py" else [f"checkpoint={tmp_path}/some.pt"]
     process = subprocess.Popen(
-        [sys.executable, script, *small_run(image_root, tmp_path)[1:]],
+        [sys.executable, script, *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

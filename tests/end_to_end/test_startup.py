@@ -47,7 +47,6 @@ BY_TIMM = {"torch", "torchvision", "timm", "wandb", "triton"}  # it imports all 
 
 
 def test_a_run_loads_what_it_uses(image_root, tmp_path):
-    """A run of the torch loader, stopped by its time limit before there is a picture to draw; then its evaluation."""
-    limit = ["data.loader=torch", "trainer.max_time=0.0001"]
+    """A run without DALI, stopped by its time limit before there is a picture to draw."""
+    limit = ["data.loader=synthetic", "trainer.max_time=0.0001"]
     assert loaded(*small_run(image_root, tmp_path, *limit), status=75) <= BY_TIMM
-    assert loaded("evaluate.py", f"checkpoint={tmp_path}/run") <= BY_TIMM

@@ -87,10 +87,7 @@ def group(
         per_rank: further arguments of some ranks.
         environments: further variables of some ranks.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meeting = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(processes))
+    meeting = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(processes))
     return [
         Command(
             *command,
@@ -103,6 +100,13 @@ def group(
         )
         for rank in range(processes)
     ]
+
+
+def free_port() -> int:
+    """A port of this machine where nobody listens now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def _run(command: list[str], files: tuple[str, str], folder: str, environment: dict[str, str]) -> None:
