@@ -112,6 +112,7 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_allocated(chan
     assert "\x1b" not in str(refused.value)
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     "command",
     [

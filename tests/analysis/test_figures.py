@@ -289,6 +289,7 @@ def test_the_script_draws_everything_into_the_runs_folder_and_to_wandb(runs, ima
     assert len(mirrored) == len(figures)
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     ("arguments", "explained"),
     [
@@ -309,7 +310,7 @@ def test_the_script_draws_everything_into_the_runs_folder_and_to_wandb(runs, ima
 def test_what_cannot_be_drawn_is_explained(runs, arguments, explained, monkeypatch):
     monkeypatch.setattr("sys.argv", ["analyze.py", *(argument.replace("RUNS", str(runs)) for argument in arguments)])
     with pytest.raises(UserError, match=explained):
-        runpy.run_path(str(ROOT / "scripts" / "analyze.py"))["main"]()
+        runpy.run_path(str(ROOT / "scripts" / "analysis" / "analyze.py"))["main"]()
 
 
 def test_the_script_ends_with_cause_and_fix(tmp_path):

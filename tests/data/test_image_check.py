@@ -168,7 +168,6 @@ def test_an_animation_is_named(photos):
 
 
 def preview(folder, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
     from scripts.data import preview_data
 
     monkeypatch.setattr(sys, "argv", ["preview_data.py", str(folder), "--output", str(folder / "x.png")])

@@ -33,6 +33,8 @@ from tests.helpers.hostile import write_whole
 from tests.helpers.quick_start import run
 from tests.helpers.run_folders import write_run
 
+pytestmark = pytest.mark.run
+
 LOADERS = (
     timm.create_model,
     build_model_with_cfg,
@@ -157,7 +159,6 @@ def test_no_key_of_the_loader_comes_from_a_checkpoint(kind, watch, checkpoint):
     watch.assert_untouched()
 
 
-@pytest.mark.run
 @pytest.mark.parametrize("kind", ["http", "data", "file"])
 @pytest.mark.parametrize("command", ["evaluate.py", "scripts/model/export.py"])
 def test_no_command_fetches_for_a_checkpoint(command, kind, watch, checkpoint, tmp_path):

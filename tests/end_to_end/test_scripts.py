@@ -69,7 +69,7 @@ def test_the_gpu_check_goes_on_where_a_part_takes_too_long(tmp_path):
     python.chmod(0o755)
     out = tmp_path / "out"
     environment = os.environ | dict(PYTHON=str(python), LIMIT="1", BATCH_SIZES="8")
-    command = [ROOT / "scripts" / "gpu_check.sh", out]
+    command = [ROOT / "scripts" / "dev" / "gpu_check.sh", out]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     (incomplete,) = (line for line in done.stderr.splitlines() if "incomplete" in line)
@@ -80,8 +80,7 @@ def test_the_gpu_check_goes_on_where_a_part_takes_too_long(tmp_path):
 
 def test_the_benchmark_of_the_convolution_gives_it_the_types_that_the_model_does(monkeypatch):
     """On a GPU: bfloat16 maps, float32 positions."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    import benchmark
+    from scripts.dev import benchmark
 
     given = []
     real = contextual_conv.contextual_conv2d
@@ -160,9 +159,8 @@ def test_the_kernels_can_be_tuned():
     assert all(time > 0 for choices in layer.values() for time in choices.values())
 
 
-def test_the_table_of_costs_keeps_apart_what_papers_count_and_what_they_do_not(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    import describe_model
+def test_the_table_of_costs_keeps_apart_what_papers_count_and_what_they_do_not():
+    from scripts.model import describe_model
 
     twin, contextual = rows = describe_family("convnext_atto")
     columns = {column.header: list(column.cells) for column in describe_model.table(rows, 224).columns}

@@ -13,6 +13,7 @@ from contextual_cnn.guards.memory import GrowthWatch
 from tests.conftest import run_python, small_run
 
 
+@pytest.mark.run
 @pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # torchrun's error file wants the real stderr
 def test_a_gpu_that_is_too_small_is_told_a_batch_that_keeps_the_recipe(image_root, tmp_path, monkeypatch, capsys):
     def refuse(training_step, batch, last):
@@ -36,6 +37,7 @@ def test_growth_is_said_once_for_each_quarter(caplog):
     assert [record.args for record in caplog.records] == [(4.0, 5.1), (5.1, 6.5)]
 
 
+@pytest.mark.run
 def test_the_memory_is_this_processs():
     """In a process of its own: here other threads take and give back memory."""
     program = (

@@ -12,6 +12,8 @@ from contextual_cnn.errors import UserError
 from contextual_cnn.guards.stopping import StopRequest
 from contextual_cnn.settings.trainer import TrainerSettings
 
+pytestmark = pytest.mark.run
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 PREPARED = """
 import hashlib, os, signal, sys, time

@@ -13,6 +13,8 @@ from contextual_cnn.ops.compiled_cache import load_cached
 from tests.conftest import HAS_COMPILER
 from tests.helpers import quick_start
 
+pytestmark = pytest.mark.run
+
 NOBODY = 65534
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler on this machine")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
@@ -84,7 +86,6 @@ DAMAGES = {
 
 
 @needs_compiler
-@pytest.mark.run
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_library_is_built_again_and_computes(kernels, damage):
     (library,) = kernels.libraries

@@ -204,6 +204,7 @@ store.close()
 """
 
 
+@pytest.mark.run
 def test_a_full_disk_is_a_warning_then_tried_again(tmp_path):
     """At the end of a run it is an error. In a process of its own: no file of it may grow beyond a kilobyte."""
     done = run_python("-c", FULL_DISK, str(tmp_path))

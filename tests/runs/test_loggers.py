@@ -66,6 +66,7 @@ def test_metrics_that_are_not_a_file_are_refused(tmp_path, kind):
     assert victim.read_text() == "mine"
 
 
+@pytest.mark.run
 def test_without_a_key_wandb_runs_offline_and_keeps_its_id(tmp_path):
     ids = []
     for resumed_step in (0, 3):
@@ -84,6 +85,7 @@ def test_online_without_a_key_is_refused_before_anything_starts(tmp_path):
         open_loggers(tmp_path, LoggerSettings(wandb="online"), {}, "name", 0)
 
 
+@pytest.mark.run
 def test_unreachable_wandb_goes_offline_in_seconds(tmp_path, monkeypatch):
     """The real client, a key, and nobody at the address: a closed port of this machine."""
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)

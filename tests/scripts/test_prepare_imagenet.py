@@ -311,6 +311,7 @@ def test_a_changed_bit_is_found_by_the_sum(spoiled, prepare, tmp_path, archive):
     assert not (tmp_path / "root" / "train").exists()
 
 
+@pytest.mark.run
 def test_the_official_sums_are_the_default(archives, prepare, tmp_path, monkeypatch):
     done = run_command("scripts/data/prepare_imagenet.py", str(archives), str(tmp_path / "root"))
     assert done.returncode == 2

@@ -54,7 +54,7 @@ def test_a_job_that_is_signalled_comes_back_with_the_same_command(tmp_path):
 
 
 def test_a_signal_before_the_launcher_is_started_brings_the_job_back_too():
-    training = runpy.run_path(str(ROOT / "scripts" / "slurm" / "submit.py"))["Training"]
+    training = runpy.run_path(str(ROOT / "scripts" / "cluster" / "submit.py"))["Training"]
     again = training("8", ["run_name=a"]).checkpoint()
     assert (again.function.processes, again.function.overrides) == ("8", ["run_name=a"])
 
