@@ -27,7 +27,7 @@ def main() -> None:
     arguments = parser.parse_args()
     curves = {run: read_curve(run, arguments.metric) for run in dict.fromkeys(arguments.runs)}
     try:
-        draw(curves, arguments.metric, arguments.output)
+        draw_curves(curves, arguments.metric, arguments.output)
     except (OSError, ValueError) as error:  # ValueError: not the name of a picture
         raise UserError(f"the picture cannot be written: {error}", "--output FILE.png") from error
     for run, points in curves.items():
@@ -56,7 +56,7 @@ def best_of(points: list[tuple[float, float]], metric: str) -> tuple[float, floa
     return choose(points, key=lambda point: point[1])
 
 
-def draw(curves: dict[Path, list[tuple[float, float]]], metric: str, output: Path) -> None:
+def draw_curves(curves: dict[Path, list[tuple[float, float]]], metric: str, output: Path) -> None:
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     for run, points in curves.items():
         steps, values = zip(*points, strict=True)

@@ -118,11 +118,11 @@ def show(summary: dict) -> None:
     table.add_row("bad", *(str(len(split["bad"])) for split in splits))
     table.add_row("not read", *(str(sum(split["not_read"].values())) for split in splits))
     console.print(table)
-    for line in describe(summary):
+    for line in summary_lines(summary):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def describe(summary: dict) -> Iterator[str]:
+def summary_lines(summary: dict) -> Iterator[str]:
     """What the table counts, by name."""
     for name, split in summary["splits"].items():
         if split["not_read"]:

@@ -56,7 +56,7 @@ def main() -> None:
             sizes = [len(part.images) for part in parts]
             run_parts(pool, functools.partial(write_part, arguments), parts, title="images", sizes=sizes)
         write_lists(arguments, devkit, images)
-    report(arguments, images)
+    print_summary(arguments, images)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -264,7 +264,7 @@ def write_lists(arguments: argparse.Namespace, devkit: Devkit, images: dict[str,
             write_text(arguments.root / f"{split}.txt", "".join(lines))
 
 
-def report(arguments: argparse.Namespace, images: dict[str, list[ArchivedImage]]) -> None:
+def print_summary(arguments: argparse.Namespace, images: dict[str, list[ArchivedImage]]) -> None:
     """Opens the result as training does and compares the numbers."""
     classes = None
     for split, of_split in images.items():

@@ -136,8 +136,8 @@ def _time_layer(tensors: dict[str, torch.Tensor], arguments: argparse.Namespace)
 
     both = {name: with_backward(forward) for name, forward in forwards.items()}
     yield "dtypes", {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
-    yield "forward", compare(forwards, "contextual", arguments)
-    yield "forward and backward", compare(both, "contextual", arguments)
+    yield "forward", time_side_by_side(forwards, "contextual", arguments)
+    yield "forward and backward", time_side_by_side(both, "contextual", arguments)
     kept = {name: round(kept_for_backward(forward, given) / x.nbytes, 2) for name, forward in forwards.items()}
     yield "kept_for_backward_over_input", kept
 
@@ -170,8 +170,8 @@ def benchmark_model(arguments: argparse.Namespace) -> Findings:
         steps["as released"], inferences["as released"] = (
             _with_torchvision(f[contextual]) for f in (steps, inferences)
         )
-    yield ("training step",), compare(steps, contextual, arguments)
-    yield ("inference",), compare(inferences, contextual, arguments)
+    yield ("training step",), time_side_by_side(steps, contextual, arguments)
+    yield ("inference",), time_side_by_side(inferences, contextual, arguments)
     yield ("activations_mib",), {name: kept_for_backward(step, []) // 2**20 for name, step in steps.items()}
     yield ("peak_memory_of_the_process_mib",), _peak_memory(arguments.device)
 
@@ -214,7 +214,7 @@ def benchmark_loss(arguments: argparse.Namespace) -> Findings:
         "soft targets": lambda: loss(scores, soft).total.backward(),
         "hard targets": lambda: loss(scores, hard).total.backward(),
     }
-    yield (), compare(candidates, "soft targets", arguments)
+    yield (), time_side_by_side(candidates, "soft targets", arguments)
 
 
 def benchmark_table1(arguments: argparse.Namespace) -> Findings:
@@ -223,20 +223,20 @@ def benchmark_table1(arguments: argparse.Namespace) -> Findings:
     rows = describe_family(twin, arguments.image_size)
     yield (), rows
     inferences = {row["model"]: _training_and_inference(row["model"], arguments)[1] for row in rows}
-    times = compare(inferences, f"contextual_{twin}", arguments)["milliseconds"]
+    times = time_side_by_side(inferences, f"contextual_{twin}", arguments)["milliseconds"]
     speeds = {name: round(1e3 * arguments.batch_size / time, 1) for name, time in times.items()}
     yield (), [{**row, "images_per_second": speeds[row["model"]]} for row in rows]
 
 
 def benchmark_data(arguments: argparse.Namespace) -> Findings:
     """Our loaders and timm's."""
-    from benchmark_loaders import compare_loaders  # needs DALI and scikit-learn, which a machine with a GPU may lack
+    from benchmark_loaders import time_loaders  # needs DALI and scikit-learn, which a machine with a GPU may lack
 
-    for recipe, finding in compare_loaders(arguments):
+    for recipe, finding in time_loaders(arguments):
         yield (recipe,), finding
 
 
-def compare(candidates: dict[str, Callable[[], object]], ours: str, arguments: argparse.Namespace) -> dict:
+def time_side_by_side(candidates: dict[str, Callable[[], object]], ours: str, arguments: argparse.Namespace) -> dict:
     """Median milliseconds of each candidate, and our time over that of each other."""
     rounds = [
         {name: _milliseconds(candidate, arguments.device) for name, candidate in candidates.items()}
@@ -281,7 +281,7 @@ def kept_for_backward(forward: Callable[[], object], given: list[torch.Tensor]) 
 
 def _with_torchvision(candidate: Callable) -> Callable:
     def run() -> object:
-        with mock.patch("contextual_cnn.ops.contextual_conv.sampled_conv2d", torchvision_conv):
+        with mock.patch("contextual_cnn.ops.contextual_convolution.sampled_conv2d", torchvision_conv):
             return candidate()
 
     return run

@@ -28,7 +28,7 @@ from contextual_cnn.settings.data import DataSettings
 GRAIN = 16  # standard deviation, in levels
 
 
-def compare_loaders(arguments: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+def time_loaders(arguments: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     """Our loader and timm's on the same JPEGs: the whole recipe but mixing, and crop and flip alone."""
     recipes = {
         "full recipe": AugmentSettings(),

@@ -52,7 +52,7 @@ def main() -> None:
         data.sources["train"] = images.take(np.random.default_rng(0).choice(len(images), count, replace=False))
         ours = our_statistics(data, augment, arguments.seed)
         theirs = timm_statistics(data, augment, arguments)
-    results = {name: compare(ours[:, i], theirs[:, i]) for i, name in enumerate(STATISTICS)}
+    results = {name: distances(ours[:, i], theirs[:, i]) for i, name in enumerate(STATISTICS)}
     report = {
         "settings": {key: str(value) for key, value in vars(arguments).items()},
         "environment": environment(),
@@ -132,7 +132,7 @@ def statistics(images: torch.Tensor) -> np.ndarray:
     return torch.stack(columns, dim=1).numpy()
 
 
-def compare(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+def distances(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
     """Means, and the distance scaled by the sizes, so that it is compared with LINE."""
     distance = ks_2samp(ours, theirs).statistic
     scaled = distance * np.sqrt(len(ours) * len(theirs) / (len(ours) + len(theirs)))

@@ -20,7 +20,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from contextual_cnn.errors import UserError, run_script
-from contextual_cnn.models import ContextualModel, describe
+from contextual_cnn.models import ContextualModel, summarize
 from contextual_cnn.ops.standard_operators import decompositions
 from contextual_cnn.trained import Trained, describe_classes, load_model
 
@@ -34,7 +34,7 @@ def main() -> None:
     given = load_mean(arguments.checkpoint, arguments.weights)
     folder = arguments.output or given.folder / "export" / arguments.format
     export = {"timm": export_timm, "torch_export": export_torch, "onnx": export_onnx}[arguments.format]
-    print(f"{given.settings.name}, {given.weights} weights of {given.path}: {describe(given.model)}")
+    print(f"{given.settings.name}, {given.weights} weights of {given.path}: {summarize(given.model)}")
     try:
         write_config(given, folder)
         again = export(given, folder)
@@ -42,7 +42,7 @@ def main() -> None:
         raise UserError(f"the model cannot be written to {folder}: {error}", "--output FOLDER") from error
     file = folder / FILES[arguments.format]
     print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
-    differences = compare(given, again)
+    differences = largest_differences(given, again)
     print(f"largest difference of the logits: {max(differences):.2g} (batches of {BATCHES[0]} and {BATCHES[1]} images)")
     sys.exit(0 if max(differences) <= TOLERANCE else 1)
 
@@ -149,7 +149,7 @@ def example(given: Trained, batch: int) -> Tensor:
 
 
 @torch.no_grad()
-def compare(given: Trained, again: nn.Module) -> list[float]:
+def largest_differences(given: Trained, again: nn.Module) -> list[float]:
     """The largest difference of each batch; -inf, a dropped class, equals itself."""
     pairs = [(given.model(x), again(x)) for x in (example(given, batch) for batch in BATCHES)]
     return [torch.where(ours == theirs, 0, (ours - theirs).abs()).max().item() for ours, theirs in pairs]

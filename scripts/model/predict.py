@@ -24,7 +24,7 @@ from rich.progress import track
 from rich.table import Table
 from timm.data import create_transform
 
-from contextual_cnn.data.image_check import FORMATS, describe, open_image
+from contextual_cnn.data.image_check import FORMATS, open_image, reason_of
 from contextual_cnn.errors import UserError, run_script
 from contextual_cnn.models.contextual_model import staged_scores
 from contextual_cnn.runs.csv_file import write_csv
@@ -55,7 +55,7 @@ class Prediction(NamedTuple):
 
 def main() -> None:
     arguments = parse_arguments()
-    paths = find_images(arguments.images)
+    paths = images_below(arguments.images)
     given = load_model(arguments.checkpoint, arguments.weights)
     best = "cuda" if torch.cuda.is_available() else "cpu"
     given.model.to(best if arguments.device == "auto" else arguments.device)
@@ -71,7 +71,7 @@ def main() -> None:
         elif predictions:
             output = arguments.output or Path(f"{arguments.images.stem}_prediction.png")
             show(predictions[0], names, given)
-            draw(predictions[0], names, given, output)
+            draw_prediction(predictions[0], names, given, output)
             print(printable(str(output)))
     except OSError as error:
         raise UserError(f"the result cannot be written: {error}", "--output FILE") from error
@@ -92,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def find_images(given: Path) -> list[Path]:
+def images_below(given: Path) -> list[Path]:
     if given.is_file():
         return [given]
     paths = sorted(path for path in given.rglob("*") if path.suffix.lower() in IMAGES and path.is_file())
@@ -115,7 +115,7 @@ def predict(given: Trained, paths: Sequence[Path], batch_size: int, unreadable: 
                 images.append(transform(open_image(path.read_bytes(), READ_AS).convert("RGB")))
                 readable.append(path)
             except Exception as error:  # whatever a damaged file makes of its decoder
-                print(f"skipped, cannot be read: {printable(str(path))} ({describe(error)})", file=sys.stderr)
+                print(f"skipped, cannot be read: {printable(str(path))} ({reason_of(error)})", file=sys.stderr)
                 unreadable.append(path)
         if images:
             yield from interpret(given.model, readable, torch.stack(images).to(device))
@@ -153,7 +153,7 @@ def show(prediction: Prediction, names: Sequence[str], given: Trained) -> None:
         console.print(describe_shortlist(shortlist, names), markup=False, highlight=False, soft_wrap=True)
 
 
-def draw(prediction: Prediction, names: Sequence[str], given: Trained, output: Path) -> None:
+def draw_prediction(prediction: Prediction, names: Sequence[str], given: Trained, output: Path) -> None:
     """The part of the image that the model saw, its five classes, and its shortlists."""
     to_pixels = create_transform(**given.transform | {"mean": (0, 0, 0), "std": (1, 1, 1)})
     image = open_image(prediction.path.read_bytes(), READ_AS).convert("RGB")

@@ -12,7 +12,7 @@ from torch import nn
 
 from contextual_cnn.batch_plan import BatchPlan
 from contextual_cnn.distributed import barrier, process_group
-from contextual_cnn.engine.dry_run import learning_rates, rehearse, report
+from contextual_cnn.engine.dry_run import learning_rates, print_forecast, rehearse
 from contextual_cnn.engine.trainer import Trainer
 from contextual_cnn.engine.training_step import TrainingStep
 from contextual_cnn.guards.stopping import StopRequest
@@ -139,8 +139,8 @@ def _rehearse(trainer: Trainer, run: RunFolder, console: Console) -> None:
     """The dry run: a few steps, and what they foretell."""
     forecast = rehearse(trainer, run.path)
     if trainer.world.is_main:
-        from contextual_cnn.analysis.schedule import plot_schedule  # here: as matplotlib above
+        from contextual_cnn.analysis.lr_curve import plot_schedule  # here: as matplotlib above
 
-        report(trainer, forecast, run.path, console)
+        print_forecast(trainer, forecast, run.path, console)
         with replaced(run.lr_schedule) as path:
             plot_schedule(learning_rates(trainer), forecast.steps_per_epoch, path, run.path.name)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from contextual_cnn.contracts import Batch
 from contextual_cnn.data.bad_images import COUNTS_AS_WRONG, BadImage
-from contextual_cnn.data.image_check import describe, image_kinds
+from contextual_cnn.data.image_check import image_kinds, reason_of
 from contextual_cnn.data.reader import BatchReader, read_image
 from contextual_cnn.data.sources import ImageSource
 from contextual_cnn.data.transfer import to_device
@@ -120,5 +120,5 @@ def _why_not(encoded: bytes, name: str) -> str:
     try:
         image_kinds(encoded, name)
     except Exception as error:  # a decoder raises anything from OSError to struct.error
-        return describe(error)
+        return reason_of(error)
     return "DALI does not decode it"

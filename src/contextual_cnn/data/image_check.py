@@ -60,7 +60,7 @@ def check_images(with_digests: bool, source: ImageSource) -> ImageReport:
             encoded = source.read(index)
             kinds = image_kinds(encoded, name)
         except Exception as error:  # a decoder raises anything from OSError to struct.error
-            report.bad.append((name, describe(error)))
+            report.bad.append((name, reason_of(error)))
             continue
         report.kinds.update(kinds)
         report.unusual += [(name, kind) for kind in kinds if kind != "JPEG"]
@@ -107,7 +107,7 @@ def decode_rgb(encoded: bytes, name: str) -> Image.Image:
     try:
         return open_image(encoded).convert("RGB")
     except Exception as error:  # a decoder raises anything from OSError to struct.error
-        raise UserError(f"{name} cannot be read as an image: {describe(error)}", "give another one") from error
+        raise UserError(f"{name} cannot be read as an image: {reason_of(error)}", "give another one") from error
 
 
 def check_header(encoded: bytes) -> None:
@@ -164,7 +164,7 @@ def _is_named(name: str, kind: str) -> bool:
     return PurePosixPath(name).suffix.lower() in _EXTENSIONS.get(kind, (f".{kind.lower()}",))
 
 
-def describe(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """One line of why an image cannot be read or decoded."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 from contextual_cnn.data.bad_images import BadImage
-from contextual_cnn.data.image_check import check_header, describe
+from contextual_cnn.data.image_check import check_header, reason_of
 from contextual_cnn.data.sources import ImageSource
 
 _READERS = 8  # reads at once: what hides the latency of a network file system; they cost nothing where there is none
@@ -54,7 +54,7 @@ def read_image(source: ImageSource, index: int) -> bytes:
         encoded = _read_patiently(source, index)
         check_header(encoded)
     except Exception as error:  # PIL raises anything about a header
-        raise BadImage(source.name(index), describe(error)) from error
+        raise BadImage(source.name(index), reason_of(error)) from error
     return encoded
 
 

@@ -52,6 +52,7 @@ class TrainSampler:
         self.plan, self.seed, self.rank, self.first_step = plan, seed, rank, first_step
         self._repeats, self._shards = repeats, shards
         self._order = lru_cache(maxsize=2)(self._make_order)  # reading ahead looks into the next epoch
+        self._batch = lru_cache(maxsize=4)(self._make_batch)  # asked for again for each of its images
 
     def __reduce__(self) -> tuple:
         """For worker processes: a cache cannot be sent, and need not be."""
@@ -60,6 +61,9 @@ class TrainSampler:
 
     def __getitem__(self, n: int) -> MicroBatch:
         """The n-th micro-batch of this rank since `first_step`."""
+        return self._batch(n)
+
+    def _make_batch(self, n: int) -> MicroBatch:
         plan = self.plan
         step, accumulated = self.first_step + n // plan.accumulation, n % plan.accumulation
         epoch, step_in_epoch = divmod(step, plan.steps_per_epoch)

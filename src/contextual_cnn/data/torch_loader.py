@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from contextual_cnn.contracts import Batch
 from contextual_cnn.data.augmentation import Augmentation, Draws, crop_box
 from contextual_cnn.data.bad_images import COUNTS_AS_WRONG, BadImage, BadImages, blank_if_bad, first_usable
-from contextual_cnn.data.image_check import describe, open_image
+from contextual_cnn.data.image_check import open_image, reason_of
 from contextual_cnn.data.on_device import augment, normalise
 from contextual_cnn.data.randaugment import pil_ops
 from contextual_cnn.data.randaugment.policy import Op, fill_color
@@ -180,7 +180,7 @@ def _decode(images: ImageSource, index: int) -> Image.Image:
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # a decoder raises anything from OSError to struct.error
-        raise BadImage(images.name(index), describe(error)) from error
+        raise BadImage(images.name(index), reason_of(error)) from error
 
 
 def _augment(pixels: np.ndarray, draws: Draws, i: int, augmentation: Augmentation, fill: tuple[int, ...]) -> np.ndarray:

@@ -115,7 +115,7 @@ def learning_rates(trainer: Trainer) -> list[tuple[int, float]]:
     return points
 
 
-def report(trainer: Trainer, forecast: Forecast, folder: Path, console: Console) -> None:
+def print_forecast(trainer: Trainer, forecast: Forecast, folder: Path, console: Console) -> None:
     """Prints the table and writes dry_run.json.
 
     Raises:

@@ -78,7 +78,7 @@ def _fix_of_classes(name: str, num_classes: int) -> str:
     return f"model.class_counts=[{counts}], which null takes too"
 
 
-def describe(model: nn.Module) -> str:
+def summarize(model: nn.Module) -> str:
     """One line for the log: size and, of a contextual model, its classes from stage to stage."""
     text = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {model.num_classes} classes"
     if not isinstance(model, ContextualModel):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from contextual_cnn.errors import UserError
 from contextual_cnn.ops import sampled_conv_cpp, sampled_conv_torch
-from contextual_cnn.ops.layout import output_shape
+from contextual_cnn.ops.memory_format import output_shape
 
 log = logging.getLogger(__name__)
 

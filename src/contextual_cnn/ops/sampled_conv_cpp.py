@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from contextual_cnn.ops.compiled_cache import load_cached
-from contextual_cnn.ops.layout import map_back, output_shape, pixels
+from contextual_cnn.ops.memory_format import map_back, output_shape, pixels
 
 log = logging.getLogger(__name__)
 

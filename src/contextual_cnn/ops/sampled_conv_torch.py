@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from contextual_cnn.ops.layout import output_shape
+from contextual_cnn.ops.memory_format import output_shape
 
 _CHUNK_ELEMENTS = 64 * 2**20  # sampled taps held at once in inference: 256 MiB in float32
 

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from contextual_cnn.ops.layout import map_back, output_shape, pixels, taps, taps_back
+from contextual_cnn.ops.memory_format import map_back, output_shape, pixels, taps, taps_back
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 from torchvision.ops import deform_conv2d  # noqa: F401 - declares torch.ops.torchvision.deform_conv2d
 
-from contextual_cnn.ops.layout import output_shape
+from contextual_cnn.ops.memory_format import output_shape
 from contextual_cnn.ops.sampled_conv import kernel  # noqa: F401 - declares torch.ops.contextual_cnn.sampled_conv2d
 from contextual_cnn.ops.sampled_conv_torch import regular_grid
 

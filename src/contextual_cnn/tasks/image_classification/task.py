@@ -14,7 +14,7 @@ from contextual_cnn.data.sources import ImageSource
 from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError
 from contextual_cnn.losses import StagedCrossEntropy
-from contextual_cnn.models import build_model, describe
+from contextual_cnn.models import build_model, summarize
 from contextual_cnn.models.preprocessing import warn_of_other_pixels
 from contextual_cnn.runs.agreement import digest
 from contextual_cnn.task import Call, Metric, Outcome, Position, Task
@@ -101,7 +101,7 @@ class ImageClassification(Task):
                 "selection=reduce drops classes for good and collapsed to chance from a random start wherever it was "
                 "tried (docs/staged-loss.md); watch the recall per stage, or use model.selection=rerank"
             )
-        return f"{self.settings.model.name}: {describe(model)}"
+        return f"{self.settings.model.name}: {summarize(model)}"
 
     def describe_step(self, metrics: Mapping[str, float]) -> str:
         """Losses, and recall by stage, of a log step."""

@@ -1,4 +1,4 @@
-"""The identities of the op (docs of ops/contextual_conv.py), in float64."""
+"""The identities of the op (docs of ops/contextual_convolution.py), in float64."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torchvision.ops import deform_conv2d
 
 from contextual_cnn.errors import UserError
 from contextual_cnn.ops import contextual_conv2d, sampled_conv, sampled_conv_cpp
-from contextual_cnn.ops.contextual_conv import output_size
+from contextual_cnn.ops.contextual_convolution import output_size
 from tests.conftest import HAS_COMPILER
 from tests.helpers import reference
 
