@@ -31,7 +31,7 @@ def loaded(*command, status=0):
         (["train.py", "--help"], 0),
         (["train.py", "--cfg", "job"], 0),
         (["train.py", "experiment=tabel1_t"], 2),
-        (["train.py", "optimzer.lr=1"], 2),
+        (["train.py", "optimizer.lrr=1"], 2),
         (["train.py", "data.root=/nowhere", "optimizer.lr=-1"], 2),
         (["train.py", "data.root=/nowhere"], 2),
         (["evaluate.py", "--help"], 0),

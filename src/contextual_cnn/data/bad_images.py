@@ -65,12 +65,19 @@ class BadImages:
 
 
 def first_usable(
-    candidates: Iterable[int], use: Callable[[int], T], report: Callable[[BadImage], None]
-) -> tuple[int, T]:
+    candidates: Iterable[int], use: Callable[[int], T], report: Callable[[BadImage], None], blank: T | None = None
+) -> tuple[int | None, T]:
     """The first image that `use` makes something of, and what it makes; those before it are reported.
 
     Args:
         use: raises BadImage.
+        blank: what takes the place if none of them can be used, as in an evaluation, which counts every image.
+
+    Returns:
+        Number of the image, None for a blank; what is made of it.
+
+    Raises:
+        UserError: none can be used, and there is no blank.
     """
     for index in islice(candidates, _TRIES):
         try:
@@ -78,20 +85,11 @@ def first_usable(
         except BadImage as bad:
             report(bad)
             last = bad
+    if blank is not None:
+        return None, blank
     raise UserError(
         f"{_TRIES} images in a row cannot be used; the last is {last.name}: {last.reason}", f"see to the disk; {_FIX}"
     )
-
-
-def blank_if_bad(
-    index: int, use: Callable[[int], T], blank: T, report: Callable[[BadImage], None]
-) -> tuple[int | None, T]:
-    """An image of an evaluation, which counts every image: if it cannot be used, a blank takes its place."""
-    try:
-        return index, use(index)
-    except BadImage as bad:
-        report(bad)
-        return None, blank
 
 
 _FIX = "list bad images in a file for data.exclude (scripts/data/check_data.py ROOT --write-exclude FILE)"

@@ -5,14 +5,14 @@ and normalises. The graph holds no random operator and no reader, hence no state
 Evaluation gives the crop that timm's transform gives (resize in integers, centre rounded half to even).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from contextual_cnn.contracts import Batch
 from contextual_cnn.data.augmentation import ATTEMPTS, Augmentation
-from contextual_cnn.data.bad_images import BadImages, blank_if_bad, first_usable
+from contextual_cnn.data.bad_images import BadImages
 from contextual_cnn.data.on_device import augment, normalise
 from contextual_cnn.data.randaugment.policy import fill_color
 from contextual_cnn.data.resize import BatchResize
@@ -28,7 +28,7 @@ try:
     from nvidia.dali import math as dali_math
     from nvidia.dali.data_node import DataNode
 
-    from contextual_cnn.data.dali_feed import Feed, Use
+    from contextual_cnn.data.dali_feed import Feed
     from contextual_cnn.data.randaugment import dali_ops
 except ImportError as error:
     raise UserError(
@@ -104,16 +104,16 @@ class _TrainFeed(Feed):
         settings: DataSettings,
         device: torch.device,
     ) -> None:
-        super().__init__(images)
-        self._sampler, self._augmentation, self._bad = sampler, augmentation, bad
+        super().__init__(images, bad)
+        self._sampler, self._augmentation = sampler, augmentation
         self._settings, self._device = settings, device
         self.finishes_on_device = augmentation.policy is not None and settings.randaugment_on == "device"
 
     def indices(self, number: int) -> np.ndarray:
         return self._sampler[number].indices
 
-    def take(self, number: int, i: int, use: Use) -> tuple[int | None, np.ndarray]:
-        return first_usable(self._sampler.candidates(number, i), use, self._bad.report)
+    def candidates(self, number: int, i: int) -> Iterable[int]:
+        return self._sampler.candidates(number, i)
 
     def decodes(self, encoded: list[np.ndarray], number: int, places: Sequence[int]) -> bool:
         draws = self._augmentation.draw(self._sampler[number])
@@ -154,6 +154,8 @@ class _TrainFeed(Feed):
 class _EvaluationFeed(Feed):
     """One rank's share of a split, pass after pass; a blank takes the place of an image that cannot be used."""
 
+    blank = _BLANK
+
     def __init__(
         self,
         images: ImageSource,
@@ -162,14 +164,14 @@ class _EvaluationFeed(Feed):
         settings: DataSettings,
         device: torch.device,
     ) -> None:
-        super().__init__(images)
-        self._shares, self._bad, self._settings, self._device = shares, bad, settings, device
+        super().__init__(images, bad)
+        self._shares, self._settings, self._device = shares, settings, device
 
     def indices(self, number: int) -> np.ndarray:
         return self._shares[number % len(self._shares)]
 
-    def take(self, number: int, i: int, use: Use) -> tuple[int | None, np.ndarray]:
-        return blank_if_bad(int(self.indices(number)[i]), use, _BLANK, self._bad.report)
+    def candidates(self, number: int, i: int) -> Iterable[int]:
+        return [int(self.indices(number)[i])]
 
     def decodes(self, encoded: list[np.ndarray], number: int, places: Sequence[int]) -> bool:
         executor = _executor(self._settings, self._device)

@@ -7,7 +7,7 @@ a function of its number, the batches are those of a pipeline that never failed.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,21 +17,24 @@ from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from torch import Tensor
 
 from contextual_cnn.contracts import Batch
-from contextual_cnn.data.bad_images import COUNTS_AS_WRONG, BadImage
+from contextual_cnn.data.bad_images import COUNTS_AS_WRONG, BadImage, BadImages, first_usable
 from contextual_cnn.data.image_check import image_kinds, reason_of
 from contextual_cnn.data.reader import BatchReader, read_image
 from contextual_cnn.data.sources import ImageSource
 from contextual_cnn.data.transfer import to_device
 
-# An image's number -> its bytes; raises BadImage
-Use = Callable[[int], np.ndarray]
-
 
 class Feed(ABC):
-    """Numbered batches of encoded images and their targets, and the pipeline that makes tensors of them."""
+    """Numbered batches of encoded images and their targets, and the pipeline that makes tensors of them.
 
-    def __init__(self, images: ImageSource) -> None:
-        self.images = images
+    Attributes:
+        blank: what takes the place of an image if none of the candidates can be used; None makes that an error.
+    """
+
+    blank: np.ndarray | None = None
+
+    def __init__(self, images: ImageSource, bad: BadImages) -> None:
+        self.images, self._bad = images, bad
         self._suspects: set[int] = set()
         self._reader = BatchReader(self.indices, self._read)
         self._taken: dict[int, list[tuple[int | None, np.ndarray]]] = {}  # handed over, not delivered
@@ -41,11 +44,8 @@ class Feed(ABC):
         """The images that belong to a batch."""
 
     @abstractmethod
-    def take(self, number: int, i: int, use: Use) -> tuple[int | None, np.ndarray]:
-        """The image that is taken for a place in a batch, None for a blank, and what `use` makes of it.
-
-        `use` raises BadImage.
-        """
+    def candidates(self, number: int, i: int) -> Iterable[int]:
+        """The image that belongs to a place in a batch, then those that may stand in for it."""
 
     @abstractmethod
     def decodes(self, encoded: list[np.ndarray], number: int, places: Sequence[int]) -> bool:
@@ -93,9 +93,10 @@ class Feed(ABC):
         return len(self._suspects) > known
 
     def _read(self, number: int, i: int, _: int) -> tuple[int | None, np.ndarray]:
-        return self.take(number, i, partial(self._use, number, i))
+        use = partial(self._read_one, number, i)
+        return first_usable(self.candidates(number, i), use, self._bad.report, self.blank)
 
-    def _use(self, number: int, i: int, index: int) -> np.ndarray:
+    def _read_one(self, number: int, i: int, index: int) -> np.ndarray:
         encoded = read_image(self.images, index)
         as_array = np.frombuffer(encoded, np.uint8)
         if index in self._suspects and not self.decodes([as_array], number, [i]):

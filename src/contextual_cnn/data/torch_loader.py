@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from contextual_cnn.contracts import Batch
 from contextual_cnn.data.augmentation import Augmentation, Draws, crop_box
-from contextual_cnn.data.bad_images import COUNTS_AS_WRONG, BadImage, BadImages, blank_if_bad, first_usable
+from contextual_cnn.data.bad_images import COUNTS_AS_WRONG, BadImage, BadImages, first_usable
 from contextual_cnn.data.image_check import open_image, reason_of
 from contextual_cnn.data.on_device import augment, normalise
 from contextual_cnn.data.randaugment import pil_ops
@@ -107,6 +107,7 @@ def _make_training_batch(
         crop = np.asarray(image.crop((left, top, left + width, top + height)))
         crop = resize(crop, size, size, settings.interpolation)
         pixels[i] = crop if fill is None else _augment(crop, draws, i, augmentation, fill)
+        assert index is not None  # there are substitutes without end
         targets[i] = images.targets[index]
         replaced += int(index != wanted)
     return _Made(torch.from_numpy(pixels), torch.from_numpy(targets), reports, replaced)
@@ -115,7 +116,8 @@ def _make_training_batch(
 def _make_evaluation_batch(images: ImageSource, shares: Sequence[np.ndarray], transform: Callable, n: int) -> _Made:
     reports: list[BadImage] = []
     blank = Image.new("RGB", (1, 1))
-    taken = [blank_if_bad(int(index), partial(_decode, images), blank, reports.append) for index in shares[n]]
+    decode = partial(_decode, images)
+    taken = [first_usable([int(index)], decode, reports.append, blank) for index in shares[n]]
     pixels = torch.stack([transform(image).permute(1, 2, 0) for _, image in taken])
     targets = [COUNTS_AS_WRONG if index is None else int(images.targets[index]) for index, _ in taken]
     return _Made(pixels, torch.tensor(targets), reports)
