@@ -14,6 +14,7 @@ from contextual_cnn.errors import UserError
 from tests.conftest import HAS_COMPILER, small_run
 from tests.helpers import quick_start
 from tests.helpers.endings import checkpoint
+from tests.helpers.facts import tells
 from tests.helpers.kills import smallest_run
 from tests.helpers.quick_start import Command, group, run
 
@@ -30,9 +31,9 @@ def test_a_rank_that_fails_alone_says_why(images, tmp_path):
     (images / "val" / "class_0" / "1.JPEG").write_bytes(b"<html>404 not found</html>" * 50)
     ranks = group(2, *smallest_run(images, tmp_path, "data.on_bad_image=stop"), folder=tmp_path)
     assert [rank.wait() for rank in ranks] == [1, 2]
-    assert "error: the image val/class_0/1.JPEG cannot be used" in ranks[1].printed
-    assert "on: rank 1, " in ranks[1].printed
-    assert "rank 0, in the evaluation after step 3: another process of the run has ended" in ranks[0].printed
+    assert tells(ranks[1].printed, "val/class_0/1.JPEG")
+    assert tells(ranks[1].printed, "rank", "1")
+    assert tells(ranks[0].printed, "rank", "0", "evaluation", "step", "3")
     assert "Traceback" not in ranks[0].printed + ranks[1].printed
 
 
@@ -44,8 +45,8 @@ def test_a_rank_that_hangs_shows_its_stacks_and_the_others_end(images, tmp_path)
     image.unlink()
     os.mkfifo(image)
     assert ranks[0].wait() == 1
-    assert "rank 0, in the evaluation after step 3: another process" in ranks[0].printed
-    assert "did not answer within 0.1 min" in ranks[0].printed
+    assert tells(ranks[0].printed, "rank", "0", "evaluation", "step", "3")
+    assert tells(ranks[0].printed, "answer", "0.1")
     ranks[1].wait_until(lambda: "its stacks follow" in ranks[1].printed and "reader.py" in ranks[1].printed)
     assert re.search(r"rank 1 .* evaluation after step 3 for \d+ s", ranks[1].printed)
     assert "its stacks follow" not in ranks[0].printed.split("error: ")[0]
@@ -60,7 +61,7 @@ def test_a_rank_that_never_comes_is_waited_for_as_long_as_set(image_root, tmp_pa
     assert alone.wait(60) == 1
     error = next(line for line in alone.printed.splitlines() if line.startswith("error: "))
     assert [fact for fact in ("rank 0", "2 processes", f"127.0.0.1:{port}", "0.05 min") if fact not in error] == []
-    assert "1/2 clients joined" in alone.printed
+    assert tells(alone.printed, "1/2")
     assert "Traceback" not in alone.printed
 
 
@@ -72,7 +73,7 @@ def test_a_port_where_something_else_listens_is_named(image_root, tmp_path):
         command = smallest_run(image_root, tmp_path, "trainer.timeout_minutes=0.05")
         alone = Command(*command, output=tmp_path / "output", **place)
         assert alone.wait(60) == 1
-    assert f"127.0.0.1:{port} within 0.05 min" in alone.printed
+    assert tells(alone.printed, f"127.0.0.1:{port}", "0.05")
     assert "Traceback" not in alone.printed
 
 
@@ -140,7 +141,7 @@ def test_ranks_whose_convolutions_are_computed_otherwise_are_refused(image_root,
         environments={0: dict(CONTEXTUAL_CNN_OPS="auto"), 1: dict(CONTEXTUAL_CNN_OPS="torch")},
     )
     assert [rank.wait() for rank in ranks] == [2, 2]
-    assert "error: not the same operators on rank 1 of 2 as on rank 0" in ranks[0].printed
+    assert tells(ranks[0].printed, "operators", "rank", "1", "2", "0")
     assert "CONTEXTUAL_CNN_OPS" in ranks[0].printed
     assert not (tmp_path / "run").exists()
 
@@ -155,6 +156,6 @@ def test_ranks_that_see_different_checkpoints_are_refused(image_root, tmp_path):
     elsewhere.mkdir()
     ranks = group(2, *shared, folder=tmp_path, per_rank={1: [f"output_dir={elsewhere}"]})
     assert [rank.wait() for rank in ranks] == [2, 2]
-    assert "error: not the same configuration on rank 1 of 2 as on rank 0" in ranks[0].printed
+    assert tells(ranks[0].printed, "configuration", "rank", "1", "2", "0")
     assert not (elsewhere / "run").exists()
     assert checkpoint(tmp_path)["step"] == before["step"]

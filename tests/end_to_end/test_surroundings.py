@@ -16,6 +16,7 @@ from PIL import Image
 from contextual_cnn.runs.loggers import read_metrics
 from tests.conftest import ROOT
 from tests.helpers.endings import checkpoint, steps_logged
+from tests.helpers.facts import tells
 from tests.helpers.kills import smallest_run
 from tests.helpers.quick_start import Command, run
 
@@ -89,8 +90,8 @@ def test_a_folder_that_cannot_be_made_is_named(image_root, tmp_path):
     (tmp_path / "file").write_text("")
     status, printed = run(*smallest_run(image_root, tmp_path / "file"), output=tmp_path / "output")
     assert status == 2, printed
-    assert f"error: the run folder {tmp_path}/file/run cannot be written: " in printed
-    assert "fix: set output_dir=FOLDER" in printed
+    assert tells(printed, f"{tmp_path}/file/run")
+    assert tells(printed, "output_dir=FOLDER")
 
 
 def test_a_complete_training_is_complete_whatever_is_in_the_place_of_its_picture(image_root, tmp_path):

@@ -9,6 +9,7 @@ from contextual_cnn.errors import UserError
 from contextual_cnn.models import build_model
 from contextual_cnn.runs.checkpoint import DamagedCheckpoint
 from contextual_cnn.settings.model import ModelSettings
+from tests.helpers.facts import tells
 from tests.helpers.hostile import write_whole
 from tests.helpers.run_folders import write_run
 
@@ -37,7 +38,7 @@ def test_a_run_gives_the_weights_that_made_it_the_best(run, caplog):
         with caplog.at_level(logging.INFO):
             found = loaded(given)
         assert all(torch.equal(tensor, state["ema"][name]) for name, tensor in found.items())
-        assert f"the ema weights of {path}, of step 7" in caplog.text
+        assert tells(caplog.text, f"{path}", "step", "7")
         caplog.clear()
     state["best"]["weights"] = "raw"
     found = loaded(write_whole(state, path))

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import run_command
+from tests.helpers.facts import tells
 
 pytestmark = pytest.mark.run
 
@@ -40,7 +41,7 @@ def test_runs_are_overlaid(runs, tmp_path, metric, found):
 def test_a_metric_that_there_is_not_is_explained(runs):
     done = plot(*runs, "--metric", "val/top")
     assert done.returncode == 2
-    assert "did you mean --metric val/top1?" in done.stderr
+    assert tells(done.stderr, "--metric", "val/top1?")
 
 
 def test_a_folder_that_is_no_run_is_explained(tmp_path):

@@ -18,6 +18,7 @@ from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError
 from contextual_cnn.settings.augment import AugmentSettings
 from contextual_cnn.settings.data import DataSettings
+from tests.helpers.facts import tells
 from tests.helpers.layouts import LAYOUTS, flat_name, write_layout
 
 
@@ -125,8 +126,8 @@ def test_excluded_images_are_left_out_and_unknown_names_reported(roots, layout, 
     assert kept.read(5) == source.read(6)
     with caplog.at_level("INFO", "contextual_cnn"):
         data.log_summary()
-    assert "train 46 images, val 18 images, 2 left out" in caplog.text
-    assert "lists 1 names that are not there, such as nowhere/x.jpg" in caplog.text
+    assert tells(caplog.text, "train", "46", "images", "val", "18", "2")
+    assert tells(caplog.text, "1", "nowhere/x.jpg")
 
 
 def test_an_exclude_list_names_images_as_they_are_printed_or_as_the_disk_has_them(image_root, tmp_path):
