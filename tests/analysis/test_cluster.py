@@ -81,10 +81,10 @@ def test_with_finite_links_more_gpus_are_less_efficient_and_dearer():
 
 
 def test_what_the_batch_does_not_allow_is_refused_with_what_it_does():
-    with pytest.raises(UserError, match="1001 GPUs for steps of 1000 images") as refused:
+    with pytest.raises(UserError, match=r"1001 GPUs.*1000 images") as refused:
         estimate(1001, TRAINING, CLUSTER)
-    assert "at most 1000 GPUs" in refused.value.fix
-    with pytest.raises(UserError, match="not shared evenly by 48 GPUs") as refused:
+    assert "1000 GPUs" in refused.value.fix
+    with pytest.raises(UserError, match=r"\b48 GPUs") as refused:
         estimate(48, TRAINING, CLUSTER)
     assert refused.value.fix == "--gpus 40"
     with pytest.raises(UserError, match="0 GPUs"):

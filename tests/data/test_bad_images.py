@@ -172,18 +172,16 @@ def test_more_than_the_limit_ends_the_run(tmp_path, photos, loader):
     kinds = {kind: BAD[kind] for kind in ("html", "half", "half a png")}
     root, _ = write_kinds(tmp_path, photos, kinds, good=5)
     train(open_data(root, loader, max_bad_images=3), 2)
-    with pytest.raises(
-        UserError, match=r"more than data\.max_bad_images=2 images.*the last is train/a/0\d\.jpg"
-    ) as error:
+    with pytest.raises(UserError, match=r"data\.max_bad_images=2.*train/a/0\d\.jpg") as error:
         train(open_data(root, loader, max_bad_images=2), 2)
     assert "data.max_bad_images" in error.value.fix
-    with pytest.raises(UserError, match=r"data\.max_bad_images is 0 or more"):
+    with pytest.raises(UserError, match=r"data\.max_bad_images"):
         open_data(root, loader, max_bad_images=-1)
 
 
 def test_a_folder_of_bad_images_ends_the_run(tmp_path, photos, loader):
     root, _ = write_kinds(tmp_path, photos, {f"{i}": BAD["html"] for i in range(8)}, good=0)
-    with pytest.raises(UserError, match="100 images in a row cannot be used"):
+    with pytest.raises(UserError, match=r"^100 images"):
         train(open_data(root, loader), 1)
 
 

@@ -54,7 +54,7 @@ def test_rollback_goes_on_with_the_data_that_follow(image_root, tmp_path):
     assert status == 2, printed
     assert printed.count("back to the weights of") == 3
     assert tells(printed, "weights", "step", "3")
-    assert "were not finite for 1 steps" in printed
+    assert tells(printed, "finite", "1", "steps")
     kept = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
     assert kept["step"] == 3
     assert all(torch.equal(kept["model"][name], tensor) for name, tensor in good["model"].items())

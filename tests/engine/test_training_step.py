@@ -71,7 +71,7 @@ def test_moments_of_other_parameters_are_refused():
     state = training_step(Small("first", "second")).state()
     assert state["optimized"] == [["first.bias", "second.bias"], ["first.weight", "second.weight"]]
     training_step(Small("first", "second"), state)
-    with pytest.raises(UserError, match="optimizer has other parameters, or in another order"):
+    with pytest.raises(UserError, match=r"optimizer.*parameters"):
         training_step(Small("second", "first"), state)
     del state["optimized"]  # a checkpoint of before they were named
     training_step(Small("first", "second"), state)
@@ -79,7 +79,7 @@ def test_moments_of_other_parameters_are_refused():
 
 def test_the_state_of_another_model_is_refused_with_what_differs():
     state = training_step(Small("first", "second")).state()
-    with pytest.raises(UserError, match=r"of another model: size mismatch for first\.weight.*\[4, 4\].*\[5, 5\]"):
+    with pytest.raises(UserError, match=r"first\.weight.*\[4, 4\].*\[5, 5\]"):
         training_step(Small("first", "second", size=5), state)
 
 
@@ -153,6 +153,6 @@ def test_a_resume_with_another_memory_format_takes_the_same_step(saved_as, optim
 
 
 def test_micro_batches_of_one_image_are_refused_where_a_batch_norm_sees_one_vector_each():
-    with pytest.raises(UserError, match=r"micro-batches of one image\n.*projection_norm=layer"):
+    with pytest.raises(UserError, match="projection_norm=layer"):
         training_step(nn.Sequential(nn.Flatten(), nn.Linear(48, 4), nn.BatchNorm1d(4)), micro_batch=1)
     training_step(WithStatistics(), micro_batch=1)  # maps have positions to count

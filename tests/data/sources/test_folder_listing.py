@@ -112,5 +112,5 @@ def test_links_and_pipes_among_the_images_are_counted_and_not_opened(tmp_path):
 
 def test_a_class_of_unread_files_only_is_told_by_their_endings(tmp_path):
     make(tmp_path, "train/a/1.jpg", "train/b/1.heic", "train/b/2.heic")
-    with pytest.raises(UserError, match=r"b has no images, but 2 \.heic"):
+    with pytest.raises(UserError, match=r"\bb\b.*\b2 \.heic"):
         open_class_folders(tmp_path, "train")

@@ -154,7 +154,7 @@ def test_only_the_open_splits_names_are_looked_for(roots, tmp_path, caplog):
 def test_two_layouts_in_one_root_must_be_chosen_from(roots, tmp_path):
     root = write_layout("folders", roots["folders"], tmp_path / "both")
     (root / "train.txt").write_text("train/class_0/0.JPEG 0\ntrain/class_1/0.JPEG 1\n")
-    with pytest.raises(UserError, match="train as folders and as list") as error:
+    with pytest.raises(UserError, match=r"folders.*list") as error:
         ImageData(DataSettings(root=str(root)))
     assert error.value.fix.startswith("data.layout=folders")
     assert len(ImageData(DataSettings(root=str(root), layout="folders")).sources["train"]) == 48

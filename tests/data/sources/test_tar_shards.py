@@ -121,7 +121,7 @@ def test_hostile_members_are_refused(tmp_path, fields):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         add(archive, "fine.jpg")
         add(archive, **fields)
-    with pytest.raises(UserError, match=r"a\.tar holds ") as error:
+    with pytest.raises(UserError, match=r"a\.tar") as error:
         list_tar(tmp_path / "a.tar")
     assert len(str(error.value)) < 1000
 
@@ -219,7 +219,7 @@ def test_an_index_that_does_not_fit_its_tar_is_refused(shard, change, message):
 )
 def test_classes_that_do_not_fit_the_tar_are_refused(shard, text):
     shard.with_suffix(".classes").write_text(text.replace(" ", "\n"))
-    with pytest.raises(UserError, match=r"a\.classes does not hold the classes of the 7 samples"):
+    with pytest.raises(UserError, match=r"a\.classes.*\b7 samples"):
         read_shard_index(shard)
 
 
@@ -246,7 +246,7 @@ def test_incomplete_samples_are_named(tmp_path, members, message):
 
 def test_classes_beyond_the_names_are_refused(shard):
     (shard.parent.parent / "classes.txt").write_text("cat\ndog\n")
-    with pytest.raises(UserError, match=r"a\.tar holds class 2, but there are 2 classes"):
+    with pytest.raises(UserError, match=r"a\.tar.*class 2\b.*\b2 classes"):
         open_tar_shards(shard.parent.parent, "train")
 
 
