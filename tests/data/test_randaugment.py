@@ -20,12 +20,12 @@ from contextual_cnn.settings.augment import RandAugmentNumbers, parse_randaugmen
 OPS = list(ARGUMENT)
 POINTWISE = [op for op in OPS if op not in GEOMETRY]
 FILL = fill_color((0.485, 0.456, 0.406))
-SIZE = 224
+SIZE = 112
 
 
 @pytest.fixture(scope="module")
 def crops(photos):
-    """Six parts of photographs, (224, 224, 3), some of them magnified."""
+    """Six parts of photographs, (112, 112, 3), some of them magnified."""
     rng = np.random.default_rng(0)
     parts = []
     for i in range(6):
@@ -210,8 +210,9 @@ def test_torchs_geometry_is_pils(crops, interpolation):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_dalis_pixels_are_pils_within_the_stated_bounds(crops, interpolation):
-    which = OPS if interpolation == "bilinear" else GEOMETRY
-    names, images, ops = every_case(crops, which, (4.7, 9, 9.63))
+    # DALI makes a bicubic pixel of sixteen warps
+    which, some = (OPS, crops) if interpolation == "bilinear" else (GEOMETRY, crops[:3])
+    names, images, ops = every_case(some, which, (4.7, 9, 9.63))
     mean, largest = errors(by_dali(images, ops, interpolation), by_pil(images, ops, interpolation))
     for op in which:
         of_op = [name[0] == op for name in names]

@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from contextual_cnn.models.contextual_conv import Convolution, _Replacement, replace_convolution
 from tests.conftest import wake_up
 from tests.helpers.fake_cuda import run_under_autocast
+from tests.helpers.small_models import small
 
 KINDS = [kind for kind in get_args(Convolution) if kind != "plain"]
-LAYERS = {"contextual_convnext_tiny": 5, "contextual_resnet50": 13}
+LAYERS = {"contextual_convnext_atto": 3, "contextual_resnet50": 4}
 SAMPLING = {"contextual", "sampling_offsets", "without_prior", "deformable"}
 LOW = torch.bfloat16
 
@@ -41,7 +42,7 @@ class SampledMaps(TorchDispatchMode):
 def test_on_a_gpu_every_layer_computes_in_autocasts_type(name, kind):
     pytest.importorskip("triton")  # the plain torch form is no operator whose input could be seen
     with torch.device("meta"):
-        model = timm.create_model(name, convolution=kind)
+        model = timm.create_model(name, convolution=kind, **small(name))
     given: list[torch.dtype] = []
     for layer in model.modules():
         if isinstance(layer, _Replacement):

@@ -18,25 +18,27 @@ from contextual_cnn.models.contextual_conv import ContextualConv2d, DeformableCo
 from contextual_cnn.models.resnet import ContextualBottleneck
 from contextual_cnn.settings.model import Convolution, ModelSettings
 from tests.conftest import wake_up
+from tests.helpers.small_models import small
 
 SIZES = ["atto", "tiny", "small", "base"]
 
 
 def atto(**options):
-    return build_model(ModelSettings(name="contextual_convnext_atto", num_classes=10, **options))
+    name = "contextual_convnext_atto"
+    return build_model(ModelSettings(name=name, num_classes=10, timm_options=small(name), **options))
 
 
 @pytest.mark.parametrize("layout", ["timm .pth", "timm .safetensors", "original ConvNeXt"])
 def test_plain_weights_make_an_exact_drop_in(tmp_path, layout):
-    plain = timm.create_model("convnext_atto", num_classes=1000).eval()
+    twin = "convnext_tiny" if layout == "original ConvNeXt" else "convnext_atto"
+    plain = timm.create_model(twin, **small(twin), num_classes=1000).eval()
     state = plain.state_dict()
     if layout == "original ConvNeXt":
-        plain = timm.create_model("convnext_tiny").eval()
-        state = {"model": as_original(plain.state_dict())}
+        state = {"model": as_original(state)}
     path = tmp_path / ("weights.safetensors" if "safetensors" in layout else "weights.pth")
     save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
-    name = "contextual_convnext_tiny" if layout == "original ConvNeXt" else "contextual_convnext_atto"
-    model = build_model(ModelSettings(name=name, num_classes=10, weights=str(path))).eval()
+    given = dict(weights=str(path), timm_options=small(twin))
+    model = build_model(ModelSettings(name=f"contextual_{twin}", num_classes=10, **given)).eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert_close(model.forward_features(images), plain.forward_features(images), rtol=1e-5, atol=1e-5)
@@ -48,9 +50,9 @@ KINDS = get_args(Convolution)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("twin", ["resnet50", "convnext_atto"])
 def test_a_fresh_model_of_any_kind_is_its_plain_twin(tmp_path, twin, kind):
-    plain = timm.create_model(twin, num_classes=10).eval()
+    plain = timm.create_model(twin, **small(twin), num_classes=10).eval()
     torch.save(plain.state_dict(), tmp_path / "plain.pth")
-    options = dict(convolution=kind, weights=str(tmp_path / "plain.pth"))
+    options = dict(convolution=kind, weights=str(tmp_path / "plain.pth"), timm_options=small(twin))
     model = build_model(ModelSettings(name=f"contextual_{twin}", num_classes=10, **options)).eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -72,9 +74,7 @@ def test_the_deformable_kind_is_torchvisions_operator():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_of_every_kind_learns(kind):
-    model = wake_up(
-        build_model(ModelSettings(name="contextual_convnext_atto", num_classes=10, layer_scale=1.0, convolution=kind))
-    )
+    model = wake_up(atto(layer_scale=1.0, convolution=kind))
     scores = StagedScores.of(model(torch.randn(4, 3, 64, 64)))
     sum(logits.square().mean() for logits in scores.logits).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
@@ -254,8 +254,9 @@ def test_compiles_without_graph_breaks(training):
     """By inductor, gradients included: tests/end_to_end/test_scripts.py, the GPU check on a CPU."""
     model = wake_up(atto()).train(training)
     images = torch.randn(2, 3, 64, 64)
-    expected = model(images, staged=True)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(images, staged=True)
+    with torch.set_grad_enabled(training):
+        expected = model(images, staged=True)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(images, staged=True)
     assert_close(compiled.logits[-1], expected.logits[-1], rtol=1e-3, atol=1e-3)
     assert compiled.stages == expected.stages == (1, 2, 3, 4)
 

@@ -21,6 +21,7 @@ from contextual_cnn.models import build_model
 from contextual_cnn.models.class_context import check_class_counts
 from contextual_cnn.settings.model import ModelSettings
 from tests.conftest import wake_up
+from tests.helpers.small_models import small
 
 MODELS = ["contextual_convnext_atto", "contextual_resnet50"]
 ALL = timm.list_models("contextual_*")
@@ -33,7 +34,7 @@ def name(request):
 
 
 def create(name, **options):
-    return timm.create_model(name, **options).eval()
+    return timm.create_model(name, **small(name), **options).eval()
 
 
 def images(batch=1, channels=3):
@@ -60,7 +61,7 @@ def test_the_default_cfg_names_what_is_there(any_name):
 
 
 def test_backward_reaches_every_parameter(name):
-    model = wake_up(timm.create_model(name, num_classes=42)).train()
+    model = wake_up(create(name, num_classes=42)).train()
     sum(logits.mean() for logits in model(images(2)).logits).backward()
     assert [key for key, p in model.named_parameters() if p.grad is None] == []
 
@@ -118,7 +119,7 @@ def test_a_classifier_that_cannot_be_is_refused_and_changes_nothing(classes, poo
 @pytest.mark.parametrize("classes", range(3, 30))
 def test_scaled_class_counts_are_always_possible(classes):
     with torch.device("meta"):
-        model = timm.create_model("contextual_convnext_atto", num_classes=10, class_counts=(10, 9, 8))
+        model = create("contextual_convnext_atto", num_classes=10, class_counts=(10, 9, 8))
     model.reset_classifier(classes)
     check_class_counts(classes, model.class_counts)
 
@@ -258,7 +259,8 @@ def test_released_weights_load_as_far_as_they_have_a_counterpart(tmp_path, caplo
     kept = {key: value for key, value in kept.items() if "offset.norm" not in key and "from_context" not in key}
     torch.save({"state_dict": as_released(kept)}, tmp_path / "released.pth")
     with caplog.at_level(logging.WARNING):
-        given = dict(name="contextual_convnext_tiny", num_classes=20, weights=str(tmp_path / "released.pth"))
+        given = dict(num_classes=20, weights=str(tmp_path / "released.pth"), timm_options=small("convnext_tiny"))
+        given["name"] = "contextual_convnext_tiny"
         model = build_model(ModelSettings(**given, projection_norm="layer"))
     with pytest.raises(UserError, match=r"model\.projection_norm"):
         build_model(ModelSettings(**given))
@@ -285,6 +287,7 @@ def test_released_weights_of_another_embedding_size_are_refused(tmp_path):
                 num_classes=20,
                 weights=str(tmp_path / "released.pth"),
                 projection_norm="layer",
+                timm_options=small("convnext_tiny"),
             )
         )
 

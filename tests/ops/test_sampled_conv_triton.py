@@ -16,15 +16,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # batch, channels, height, width, kernel, stride, padding, dilation, offsets' spread in pixels, mask
 CASES = {
-    "small": (2, 5, 4, 5, 3, 1, 1, 1, 1.0, True),
+    "small": (2, 3, 4, 5, 3, 1, 1, 1, 1.0, True),
     "more channels than a block": (1, 70, 3, 4, 3, 1, 1, 1, 3.0, False),
     "stride and dilation": (2, 3, 7, 6, 3, 2, 2, 2, 1.0, True),
     "fresh layer, whole pixels": (1, 3, 5, 6, 3, 1, 1, 1, 0.0, False),
     "mask alone": (1, 4, 4, 3, 3, 1, 1, 1, None, True),
     "far outside": (1, 3, 4, 4, 3, 1, 1, 1, 40.0, True),
-    "map smaller than the kernel": (2, 3, 1, 2, 5, 1, 2, 1, 1.0, False),
-    "more pixels than a block": (1, 3, 9, 10, 3, 1, 1, 1, 2.0, False),
+    "map smaller than the kernel": (1, 3, 1, 2, 5, 1, 2, 1, 1.0, False),
+    "more pixels than a block": (1, 3, 8, 9, 3, 1, 1, 1, 2.0, False),
 }
+# Too many numbers for a loop in Python; plain torch gives what the loop gives: test_contextual_conv.py
+LARGE = ("more channels than a block", "more pixels than a block")
 
 
 def inputs(batch, channels, height, width, kernel, stride, padding, dilation, spread, with_mask):
@@ -38,13 +40,17 @@ def inputs(batch, channels, height, width, kernel, stride, padding, dilation, sp
     return (x, weight, offset, mask), upstream, (stride, padding, dilation)
 
 
-def expected(tensors, upstream, geometry):
-    """y and the gradients of what is there, by the slow loop in float64."""
-    x, weight, offset, mask = (t.double().requires_grad_() if t is not None else None for t in tensors)
+def expected(tensors, upstream, geometry, large):
+    """y and the gradients of what is there in float64, by the slow loop or by plain torch."""
+    leaves = [t.double().requires_grad_() if t is not None else None for t in tensors]
+    y = sampled_conv_torch.forward(*leaves, geometry) if large else by_loop(*leaves, upstream.shape[2:], geometry)
+    return y.detach(), torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], upstream.double())
+
+
+def by_loop(x, weight, offset, mask, out, geometry):
     batch, channels, kernel, _ = weight.shape
-    out = upstream.shape[2:]
     zero_dw, zero_dp, ones = reference.without_offsets(x, channels, kernel, out)
-    y = torch.cat(
+    return torch.cat(
         [
             reference.contextual_conv2d(
                 x[b : b + 1],
@@ -58,14 +64,12 @@ def expected(tensors, upstream, geometry):
             for b in range(batch)
         ]
     )
-    leaves = [leaf for leaf in (x, weight, offset, mask) if leaf is not None]
-    return y.detach(), torch.autograd.grad(y, leaves, upstream.double())
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_forward_and_every_gradient(case):
-    tensors, upstream, geometry = inputs(*case)
-    y, gradients = expected(tensors, upstream, geometry)
+    tensors, upstream, geometry = inputs(*CASES[case])
+    y, gradients = expected(tensors, upstream, geometry, large=case in LARGE)
     on_device = [t.to(DEVICE) if t is not None else None for t in tensors]
     assert relative_error(sampled_conv_triton.forward(*on_device, geometry), y) < 1e-6
     found = sampled_conv_triton.backward(upstream.to(DEVICE), *on_device, geometry)
@@ -75,7 +79,7 @@ def test_forward_and_every_gradient(case):
         assert relative_error(ours, theirs) < 1e-6
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(
     batch=st.integers(1, 2),
     channels=st.sampled_from([1, 7, 64, 130]),
@@ -113,16 +117,16 @@ def test_drawn_shapes_through_the_public_op(batch, channels, height, width, kern
 
 
 def test_the_operator_keeps_torchs_rules():
-    (x, weight, offset, mask), _, geometry = inputs(*CASES["small"])
+    (x, weight, offset, mask), _, geometry = inputs(*CASES["far outside"])
     leaves = [tensor.to(DEVICE).requires_grad_() for tensor in (x, weight, offset, mask)]
     torch.library.opcheck(sampled_conv.kernel, (*leaves, list(geometry), "triton"))
 
 
 def test_a_position_that_is_nan_shows_in_the_gradient_of_the_map():
     """Its row in one image, its column in the other; two blocks of positions, so that there is one to leave out."""
-    (x, weight, offset, _), upstream, geometry = inputs(*CASES["more pixels than a block"])
-    x, weight, offset, upstream = (torch.cat([tensor, tensor]) for tensor in (x, weight, offset, upstream))
-    offset[0, 4, 2, 3] = offset[1, 5, 2, 3] = torch.nan
+    one_tap = dict(kernel=1, stride=1, padding=0, dilation=1)
+    (x, weight, offset, _), upstream, geometry = inputs(2, 3, 8, 9, **one_tap, spread=2.0, with_mask=False)
+    offset[0, 0, 2, 3] = offset[1, 1, 2, 3] = torch.nan
     leaf = x.clone().requires_grad_()
     (by_torch,) = torch.autograd.grad(sampled_conv_torch.forward(leaf, weight, offset, None, geometry), leaf, upstream)
     on_device = [tensor.to(DEVICE) for tensor in (upstream, x, weight, offset)]
@@ -154,7 +158,7 @@ def test_kernels_are_launched_on_the_maps_device(monkeypatch):
     names = ("_forward_kernel", "_weight_offset_kernel", "_input_kernel")
     for name in names:
         monkeypatch.setattr(sampled_conv_triton, name, NotedKernel(name))
-    tensors, upstream, geometry = inputs(*CASES["map smaller than the kernel"])
+    tensors, upstream, geometry = inputs(*CASES["far outside"])
     x, weight, offset, upstream = (tensor.to(DEVICE) for tensor in (*tensors[:3], upstream))
     sampled_conv_triton.forward(x, weight, offset, None, geometry)
     sampled_conv_triton.backward(upstream, x, weight, offset, None, geometry)
