@@ -67,7 +67,7 @@ def test_crops_are_distributed_as_timms(height, width):
     assert draws.height.shape == (count, ATTEMPTS)
 
 
-def erased_boxes(erase, images, side=64):
+def erased_boxes(erase, images, side=32):
     """(n, 4) top, left, height, width of the rectangles, and the noise; every image is erased by itself or not."""
     batch = erase(torch.full((images, 3, side, side), 9.0).contiguous(memory_format=torch.channels_last))
     changed = batch != 9

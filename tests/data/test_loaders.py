@@ -171,13 +171,16 @@ def test_batches_depend_on_neither_threads_nor_start_nor_ranks(image_root, loade
         assert torch.equal(straight[n].targets, by_rank[n % 2][n // 2].targets)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 20])
-def test_evaluation_shows_every_image_once_in_every_pass(image_root, world_size, loader):
-    data = ImageData(DataSettings(root=str(image_root), image_size=32, threads=1, eval_batch_size=4, loader=loader))
+@pytest.mark.parametrize(("world_size", "limit"), [(1, None), (2, None), (3, None), (3, 2)])
+def test_evaluation_shows_every_image_once_in_every_pass(image_root, world_size, limit, loader):
+    """Also where there are more processes than images."""
+    options = dict(image_size=32, threads=1, eval_batch_size=4, loader=loader, limit=limit)
+    data = ImageData(DataSettings(root=str(image_root), **options))
     loaders = [data.evaluation_batches(world(rank, world_size)) for rank in range(world_size)]
     for _ in range(3):
         targets = [t for loader in loaders for batch in loader for t in batch.targets.tolist()]
         assert sorted(targets) == sorted(data.sources["val"].targets.tolist())
+        assert len(targets) == (limit or 18)
 
 
 def test_exif_does_not_turn_an_image(tmp_path, photos, loader):

@@ -36,7 +36,8 @@ def test_an_image_that_cannot_be_read_is_named(image_root, tmp_path, layout, dam
     else:
         os.truncate(file, 0)
     plan = BatchPlan.make(images=48, global_batch=48, micro_batch=48, world_size=1)
-    batches = data.train_batches(plan, AugmentSettings(), 0, World(0, 1, 0, torch.device("cpu")), 0)
+    augment = AugmentSettings(randaugment=None, color_jitter=0.0)
+    batches = data.train_batches(plan, augment, 0, World(0, 1, 0, torch.device("cpu")), 0)
     expected = r"train-000\.tar:" if layout == "shards" else f"{name} cannot be used"
     with pytest.raises(UserError, match=expected) as error:
         next(batches)

@@ -15,7 +15,7 @@ from contextual_cnn.settings.augment import AugmentSettings
 from contextual_cnn.settings.data import DataSettings
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
-PLAN = BatchPlan.make(images=64, global_batch=8, micro_batch=8, world_size=1)
+PLAN = BatchPlan.make(images=16, global_batch=8, micro_batch=8, world_size=1)
 
 
 def test_there_is_as_much_noise_as_imagenet_and_of_its_size():
@@ -32,7 +32,7 @@ def test_there_is_as_much_noise_as_imagenet_and_of_its_size():
 @pytest.mark.parametrize("loader", ["dali", "torch", "synthetic"])
 def test_every_loader_serves_it_with_its_targets(loader):
     data = ImageData(
-        DataSettings(root="synthetic", layout="synthetic", limit=64, loader=loader, image_size=32, threads=1)
+        DataSettings(root="synthetic", layout="synthetic", limit=16, loader=loader, image_size=32, threads=1)
     )
     first, second = itertools.islice(data.train_batches(PLAN, AugmentSettings(randaugment=None), 0, WORLD, 0), 2)
     assert first.images.shape == (8, 3, 32, 32)
