@@ -11,6 +11,13 @@ from contextual_cnn.analysis.curves import plot_curves
 from contextual_cnn.models import build_model
 from contextual_cnn.settings.model import ModelSettings
 
+SIZE = 64  # of images: their maps are a multiple of the last stage's, as those of 224 are
+
+
+def of_images_of_64(published, classifier):
+    """Multiply-adds of a plain model: those of its maps shrink with them, those of its classifier stay."""
+    return (published - classifier) * (SIZE / 224) ** 2 + classifier
+
 
 def test_the_plain_models_cost_is_the_published_one():
     cost = count_cost(timm.create_model("convnext_tiny"))
@@ -21,8 +28,10 @@ def test_the_plain_models_cost_is_the_published_one():
 
 def test_a_contextual_model_costs_its_twin_plus_what_the_definition_adds():
     """By hand, for the tiny model: 5 contextual layers, each stage's projection, three mergings."""
-    cost, plain = count_cost(build_model(ModelSettings(name="contextual_convnext_tiny", num_classes=1000))), 4.455e9
-    layers = [(192, 28), (384, 14), (384, 14), (384, 14), (768, 7)]
+    head = 768 * 1000
+    model = build_model(ModelSettings(name="contextual_convnext_tiny", num_classes=1000))
+    cost, plain = count_cost(model, SIZE), of_images_of_64(4.455e9, head)
+    layers = [(192, 8), (384, 4), (384, 4), (384, 4), (768, 2)]
     taps, context = 49, 256
     samples = sum(channels * side**2 * taps for channels, side in layers)
     generators = sum(
@@ -35,7 +44,6 @@ def test_a_contextual_model_costs_its_twin_plus_what_the_definition_adds():
     )
     stages = sum(channels**2 + channels * context + context * 1000 for channels in (96, 192, 384, 768))
     mergings = 3 * (1000 * 128 + 128 * context)  # share @ table, and the second FC
-    head = 768 * 1000
     assert cost.interpolation == 4 * samples
     assert cost.per_batch == 3 * 1000 * context * 128
     assert cost.macs == pytest.approx(plain - head + generators + stages + mergings, rel=1e-3)
@@ -45,15 +53,15 @@ def test_the_dense_form_costs_its_twin_plus_generators_and_one_thin_map():
     """By hand, for ResNet-50 with one contextual stage: three blocks of 512 channels, the first of stride 2."""
     settings = ModelSettings(name="contextual_resnet50", num_classes=1000, contextual_stages=[4])
     plain, deformable, weight, both = (
-        count_cost(build_model(replace(settings, convolution=kind)))
+        count_cost(build_model(replace(settings, convolution=kind)), SIZE)
         for kind in ("plain", "deformable", "weight_offsets", "contextual")
     )
-    assert plain.macs == pytest.approx(4.089e9, rel=1e-3)
-    samples = 3 * 512 * 7 * 7 * 9
-    assert deformable.macs - plain.macs == 3 * 27 * 512 * 9 * 7 * 7
+    assert plain.macs == pytest.approx(of_images_of_64(4.089e9, 2048 * 1000), rel=1e-3)
+    samples = 3 * 512 * 2 * 2 * 9
+    assert deformable.macs - plain.macs == 3 * 27 * 512 * 9 * 2 * 2
     assert deformable.interpolation == both.interpolation == 4 * samples
-    sides = (14, 7, 7)  # of the maps that the 1x1 convolutions see
-    sampling = sum(18 * (512 * side**2 + 256 + 9 * 7 * 7) for side in sides)
+    sides = (4, 2, 2)  # of the maps that the 1x1 convolutions see
+    sampling = sum(18 * (512 * side**2 + 256 + 9 * 2 * 2) for side in sides)
     assert both.macs - weight.macs == sampling
     assert weight.interpolation == 0
 
