@@ -128,6 +128,9 @@ ELSEWHERE = {
     "torchrun --nproc-per-node 8 evaluate.py checkpoint=outputs/ctx_t": (
         "tests/end_to_end/test_command_line.py::test_evaluation_counts_every_image_once_at_any_world_size"
     ),
+    "python train.py task=mean_color model=timm model.name=resnet18 data.root=$ROOT": (
+        "tests/end_to_end/test_docs.py::test_a_task_as_the_page_shows_it_trains_and_is_evaluated"
+    ),
     "torchrun --max-restarts": "tests/end_to_end/test_launcher.py::test_restarts_that_would_not_come_back_are_refused",
     "sbatch scripts/cluster/train.sbatch model=contextual_convnext_t data.root=$ROOT run_name=ctx_t": (
         "tests/scripts/test_slurm.py::test_the_signal_before_the_end_saves_and_requeues"

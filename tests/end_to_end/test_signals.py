@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import HAS_COMPILER, ROOT, small_run
-from tests.end_to_end.test_surroundings import descendants
 from tests.helpers.endings import assert_same_end, checkpoint, steps_logged
 from tests.helpers.kills import smallest_run
-from tests.helpers.launched import has_loaded, is_running, listens
+from tests.helpers.launched import descendants, has_loaded, is_running, listens
 from tests.helpers.quick_start import Command, group, run
 
 pytestmark = pytest.mark.run
@@ -150,4 +149,7 @@ def test_a_signal_while_torch_compiles_costs_no_step(image_root, tmp_path):
 
 
 def is_compiler(pid: int) -> bool:
-    return Path(f"/proc/{pid}/comm").read_text().strip() in ("cc1plus", "g++", "c++")
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip() in ("cc1plus", "g++", "c++")
+    except OSError:  # it has ended
+        return False

@@ -18,6 +18,7 @@ from tests.conftest import ROOT
 from tests.helpers.endings import checkpoint, steps_logged
 from tests.helpers.facts import tells
 from tests.helpers.kills import smallest_run
+from tests.helpers.launched import descendants
 from tests.helpers.quick_start import Command, run
 
 pytestmark = pytest.mark.run
@@ -78,12 +79,6 @@ def test_a_killed_loader_process_ends_the_run_with_its_name(image_root, tmp_path
     assert started.wait() == 1
     assert "DataLoader worker" in started.printed
     assert checkpoint(tmp_path)["step"] > 0
-
-
-def descendants(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task")
-    children = [int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()]
-    return children + [further for child in children for further in descendants(child)]
 
 
 def test_a_folder_that_cannot_be_made_is_named(image_root, tmp_path):

@@ -75,6 +75,16 @@ def children(pid: int) -> list[int]:
         return []
 
 
+def descendants(pid: int) -> list[int]:
+    """Those of all its threads, and theirs; of a process that has ended meanwhile, none."""
+    try:
+        threads = [thread / "children" for thread in Path(f"/proc/{pid}/task").iterdir()]
+        found = [int(child) for thread in threads for child in thread.read_text().split()]
+    except OSError:
+        return []
+    return found + [further for child in found for further in descendants(child)]
+
+
 def command_of(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_text()
