@@ -15,6 +15,7 @@ import contextual_cnn.models  # noqa: F401 - registers them
 from contextual_cnn.runs.checkpoint import write_checkpoint
 from tests.conftest import run_command
 from tests.helpers.run_folders import CLASSES, SIZE, write_run
+from tests.helpers.small_models import small
 
 pytestmark = pytest.mark.run
 
@@ -26,7 +27,8 @@ def images(batch):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    return folder, write_run(folder, mask=True, class_counts=[6, 4, 2])
+    options = dict(mask=True, class_counts=[6, 4, 2], timm_options=small("convnext_atto"))
+    return folder, write_run(folder, **options)
 
 
 def export(folder, kind):
