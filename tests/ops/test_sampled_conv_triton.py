@@ -184,7 +184,7 @@ def relative_error(ours, theirs):
 
 
 def test_the_same_bits_every_time():
-    tensors, upstream, geometry = inputs(*CASES["small"])
+    tensors, upstream, geometry = inputs(*CASES["far outside"])
     on_device = [t.to(DEVICE) for t in tensors]
     runs = [sampled_conv_triton.backward(upstream.to(DEVICE), *on_device, geometry) for _ in range(2)]
     for one, other in zip(*runs, strict=True):
