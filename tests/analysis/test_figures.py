@@ -33,6 +33,7 @@ from contextual_cnn.ops import contextual_conv2d
 from contextual_cnn.settings.data import DataSettings
 from contextual_cnn.settings.model import ModelSettings
 from tests.conftest import ROOT, run_command, small_run
+from tests.helpers.overrides import CROPS_ALONE
 
 CLASSES = [f"class {i}" for i in range(6)]
 BACKBONES = ("contextual_convnext_atto", "contextual_resnet50")
@@ -266,7 +267,7 @@ def test_chosen_images_are_spread_and_names_are_readable():
 def runs(tmp_path_factory, image_root):
     """A contextual run and its plain twin, two steps each."""
     folder = tmp_path_factory.mktemp("runs")
-    few = ("trainer.max_steps=2", "augment.randaugment=null")  # DALI takes seconds to build RandAugment
+    few = ("trainer.max_steps=2", *CROPS_ALONE)
     for name in ("contextual", "plain"):
         model = ["model=convnext_atto", "model.layer_scale=0.1"] if name == "plain" else []
         arguments = small_run(image_root, folder, *few, f"run_name={name}", *model)

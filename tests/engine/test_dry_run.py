@@ -8,6 +8,7 @@ from PIL import Image
 
 from tests.conftest import run_group, small_run
 from tests.helpers.facts import tells
+from tests.helpers.overrides import CROPS_ALONE
 from tests.helpers.quick_start import run
 
 pytestmark = pytest.mark.run
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.run
 def rehearsed(image_root, tmp_path_factory):
     """A dry run; its folder, its JSON and what it printed."""
     folder = tmp_path_factory.mktemp("rehearsed")
-    arguments = small_run(image_root, folder, "trainer.dry_run=true")
+    arguments = small_run(image_root, folder, "trainer.dry_run=true", *CROPS_ALONE)
     status, printed = run(*arguments, output=folder / "output", COLUMNS="200")
     assert status == 0, printed
     return folder, json.loads((folder / "run" / "dry_run.json").read_text()), printed
@@ -48,13 +49,13 @@ def test_it_says_what_was_found_and_what_it_will_take(rehearsed):
 
 def test_the_run_then_writes_a_checkpoint_of_the_size_foretold(rehearsed, image_root):
     folder, forecast, _ = rehearsed
-    status, printed = run(*small_run(image_root, folder, "trainer.max_steps=4"), output=folder / "output")
+    status, printed = run(*small_run(image_root, folder, "trainer.max_steps=4", *CROPS_ALONE), output=folder / "output")
     assert status == 0, printed
     size = (folder / "run" / "checkpoints" / "last.pt").stat().st_size
     assert forecast["checkpoint"] == pytest.approx(size, rel=0.01)
 
     before = {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
-    arguments = small_run(image_root, folder, "trainer.dry_run=true")
+    arguments = small_run(image_root, folder, "trainer.dry_run=true", *CROPS_ALONE)
     status, printed = run(*arguments, output=folder / "output", COLUMNS="200")
     assert status == 0, printed
     assert tells(printed, "12", "4")
@@ -64,7 +65,7 @@ def test_the_run_then_writes_a_checkpoint_of_the_size_foretold(rehearsed, image_
 
 
 def test_two_processes_rehearse_together(image_root, tmp_path):
-    done = run_group(2, *small_run(image_root, tmp_path, "trainer.dry_run=true"))
+    done = run_group(2, *small_run(image_root, tmp_path, "trainer.dry_run=true", *CROPS_ALONE))
     assert done.returncode == 0, done.stderr
     forecast = json.loads((tmp_path / "run" / "dry_run.json").read_text())
     assert (forecast["processes"], forecast["micro_batch"], forecast["accumulation"]) == (2, 8, 1)
@@ -73,7 +74,7 @@ def test_two_processes_rehearse_together(image_root, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_found_out_now(image_root, tmp_path):
     (tmp_path / "file").write_text("")
-    arguments = small_run(image_root, tmp_path / "file", "trainer.dry_run=true")
+    arguments = small_run(image_root, tmp_path / "file", "trainer.dry_run=true", *CROPS_ALONE)
     status, printed = run(*arguments, output=tmp_path / "output")
     assert status == 2
     assert "cannot be written" in printed

@@ -6,6 +6,7 @@ import torch
 
 from contextual_cnn.models.preprocessing import warn_of_other_pixels
 from tests.conftest import small_run
+from tests.helpers.overrides import CROPS_ALONE
 from tests.helpers.quick_start import run
 from tests.helpers.run_folders import write_run
 
@@ -56,7 +57,7 @@ def test_a_crop_that_there_is_not_here_is_named_too(weights, caplog):
 
 @pytest.mark.run
 def test_train_warns_once_and_runs_on(weights, image_root, tmp_path):
-    timms = ["model=timm", "model.name=test_resnet", f"model.weights={weights}", "trainer.max_steps=1"]
+    timms = ["model=timm", "model.name=test_resnet", f"model.weights={weights}", "trainer.max_steps=1", *CROPS_ALONE]
     arguments = [
         argument
         for argument in small_run(image_root, tmp_path, *timms)

@@ -19,6 +19,7 @@ from scripts.data import check_data
 from tests.conftest import small_run
 from tests.helpers.facts import tells
 from tests.helpers.layouts import LAYOUTS, write_layout
+from tests.helpers.overrides import CROPS_ALONE
 from tests.helpers.quick_start import run
 
 
@@ -90,7 +91,7 @@ def test_train_py_takes_the_exclude_list_that_many_processes_made(damaged, tmp_p
     check = ("scripts/data/check_data.py", str(damaged), "--workers", "3", "--write-exclude", str(exclude))
     status, printed = run(*check, output=tmp_path / "checked")
     assert status == 1, printed
-    command = small_run(damaged, tmp_path / "out", f"data.exclude={exclude}", "trainer.max_steps=1")
+    command = small_run(damaged, tmp_path / "out", f"data.exclude={exclude}", "trainer.max_steps=1", *CROPS_ALONE)
     status, printed = run(*command, output=tmp_path / "trained")
     assert status == 0, printed
     assert tells(printed, "class", "6", "classes", "train", "45", "images", "val", "17", "4")

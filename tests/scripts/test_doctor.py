@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT, run_python
+from tests.conftest import ROOT, run_command, run_python
 
 pytestmark = pytest.mark.run
 
 
 def test_a_working_machine_passes():
-    done = run_python("scripts/doctor.py")
+    done = run_command("scripts/doctor.py")
     assert done.returncode == 0, done.stdout + done.stderr
     for row in ("Python", "torch", "GPU", "DALI", "C++ kernels", "W&B", "disk", "shared memory"):
         assert any(line[6:].startswith(row) for line in done.stdout.splitlines()), row

@@ -1,17 +1,21 @@
 """scripts/cluster/train.sbatch: bash understands it, and it does its part, with stand-ins for SLURM's two commands."""
 
 import os
+import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
 from contextual_cnn.runs.loggers import read_metrics
 from tests.conftest import ROOT, small_run
 from tests.helpers.facts import tells
+from tests.helpers.overrides import CROPS_ALONE
 
 pytestmark = pytest.mark.run
 
@@ -53,11 +57,20 @@ def environment(tmp_path):
         "PYTHONUNBUFFERED": "1",
         "PROCESSES_PER_NODE": "1",
         "REQUEUED": str(tmp_path / "requeued"),
-        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_ID": free_job(),
         "SLURM_NNODES": "1",
         "SLURM_JOB_NODELIST": "localhost",
         "SLURM_SUBMIT_DIR": str(ROOT),
     }
+
+
+def free_job() -> str:
+    """The number of a job at whose port nobody listens now: 20000 and the number's last four digits."""
+    for number in random.sample(range(10000), 10000):
+        with socket.socket() as port, suppress(OSError):
+            port.bind(("127.0.0.1", 20000 + number))
+            return str(10000 + number)
+    raise OSError("no free port")
 
 
 def start(environment, tmp_path, *arguments):
@@ -69,7 +82,7 @@ def start(environment, tmp_path, *arguments):
 
 
 def test_the_signal_before_the_end_saves_and_requeues(environment, image_root, tmp_path):
-    _, *overrides = small_run(image_root, tmp_path, "schedule.epochs=100")
+    _, *overrides = small_run(image_root, tmp_path, "schedule.epochs=100", *CROPS_ALONE)
     job = start(environment, tmp_path, *overrides)
     deadline = time.monotonic() + 120
     while not read_metrics(tmp_path / "run" / "metrics.jsonl"):
@@ -78,20 +91,22 @@ def test_the_signal_before_the_end_saves_and_requeues(environment, image_root, t
     os.kill(job.pid, signal.SIGUSR1)
     assert job.wait(60) == 75, (tmp_path / "output").read_text()
     assert tells((tmp_path / "output").read_text(), "SIGUSR1")
-    assert (tmp_path / "requeued").read_text() == "4711\n"
+    assert (tmp_path / "requeued").read_text().split() == [environment["SLURM_JOB_ID"]]
 
 
 def test_a_signal_before_srun_is_started_requeues_too(environment, tmp_path):
     scontrol = tmp_path / "bin" / "scontrol"
-    scontrol.write_text(scontrol.read_text().replace("show) ", f"show) touch {tmp_path}/asked; sleep 1; "))
+    until_told = f"touch {tmp_path}/asked; until [ -e {tmp_path}/told ]; do sleep 0.05; done; "
+    scontrol.write_text(scontrol.read_text().replace("show) ", f"show) {until_told}"))
     job = start(environment, tmp_path, "optimizer.lrr=1")  # should it come so far
     deadline = time.monotonic() + 60
     while not (tmp_path / "asked").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(job.pid, signal.SIGUSR1)
+    (tmp_path / "told").touch()
     assert job.wait(60) == 75, (tmp_path / "output").read_text()
-    assert (tmp_path / "requeued").read_text() == "4711\n"
+    assert (tmp_path / "requeued").read_text().split() == [environment["SLURM_JOB_ID"]]
 
 
 def test_a_mistake_is_not_requeued(environment, tmp_path):
