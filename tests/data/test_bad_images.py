@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from contextual_cnn.batch_plan import BatchPlan
-from contextual_cnn.data import reader
+from contextual_cnn.data import bad_images, reader
 from contextual_cnn.data.bad_images import BadImages
 from contextual_cnn.data.image_data import ImageData
 from contextual_cnn.data.reader import read_image
@@ -64,7 +64,7 @@ def train(data, count, world_size=1, rank=0, first_step=0, micro_batch=8, augmen
 
 
 def named(caplog):
-    return [record.args[0] for record in caplog.records if "cannot be used" in record.msg]
+    return [record.args[0] for record in caplog.records if record.name == bad_images.__name__]
 
 
 def assert_equal(ours, theirs):
@@ -156,7 +156,7 @@ def test_an_image_that_vanishes_in_mid_epoch_is_replaced(image_root, tmp_path, l
         file.unlink()
     with caplog.at_level(logging.WARNING, "contextual_cnn"):
         before += [next(batches) for _ in range(5)]
-    assert "cannot be used: " + ("the shard ends" if layout == "shards" else "No such file") in caplog.text
+    assert str(file.relative_to(root)) in {name.partition(":")[0] for name in named(caplog)}
     assert sum(batch.replaced for batch in before) >= 1
     assert len(before) == 6
 
@@ -165,7 +165,7 @@ def test_an_image_that_vanishes_in_mid_epoch_is_replaced(image_root, tmp_path, l
 def test_stop_ends_the_run_at_the_first(tmp_path, photos, loader, kind):
     root, names = write_kinds(tmp_path, photos, {kind: BAD[kind]}, good=7)
     for read in (lambda data: train(data, 1), lambda data: list(data.evaluation_batches(World(0, 1, 0, CPU)))):
-        with pytest.raises(UserError, match=rf"{names[kind]} cannot be used") as error:
+        with pytest.raises(UserError, match=names[kind]) as error:
             read(open_data(root, loader, on_bad_image="stop"))
         assert "scripts/data/check_data.py" in error.value.fix
 
@@ -217,4 +217,5 @@ def test_a_name_cannot_forge_a_line_of_the_log(caplog):
 
     with caplog.at_level(logging.WARNING, "contextual_cnn"):
         BadImages("skip", 1).report(BadImage("a\nall is well.jpg", "empty file"))
-    assert r"the image a\nall is well.jpg cannot" in caplog.text
+    assert r"a\nall is well.jpg" in caplog.text
+    assert len(caplog.text.splitlines()) == 1

@@ -77,10 +77,10 @@ def test_imagenet_has_312_steps_of_4096():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(global_batch=30, world_size=4), "shared by 4"),
-        (dict(global_batch=24, micro_batch=5, world_size=2), "no multiple"),
-        (dict(images=10), "less than one global batch"),
-        (dict(micro_batch=0), "micro_batch_size=0 must be 1 or more"),
+        (dict(global_batch=30, world_size=4), r"trainer\.global_batch_size=30\b.*\b4\b"),
+        (dict(global_batch=24, micro_batch=5, world_size=2), r"\b12\b.*trainer\.micro_batch_size=5\b"),
+        (dict(images=10), r"\b10 images.*\b16\b"),
+        (dict(micro_batch=0), "micro_batch_size=0"),
     ],
 )
 def test_batches_that_do_not_come_out_even_are_refused_with_two_choices(arguments, message):

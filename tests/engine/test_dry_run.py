@@ -77,4 +77,4 @@ def test_a_folder_that_cannot_be_written_is_found_out_now(image_root, tmp_path):
     arguments = small_run(image_root, tmp_path / "file", "trainer.dry_run=true", *CROPS_ALONE)
     status, printed = run(*arguments, output=tmp_path / "output")
     assert status == 2
-    assert "cannot be written" in printed
+    assert "output_dir" in printed

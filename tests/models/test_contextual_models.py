@@ -291,7 +291,7 @@ def test_mistakes_are_explained(options):
 def test_weights_of_another_architecture_are_refused(tmp_path):
     path = tmp_path / "resnet.pth"
     torch.save(timm.create_model("resnet18").state_dict(), path)
-    with pytest.raises(UserError, match="does not fit"):
+    with pytest.raises(UserError, match=r"model\.weights.*resnet\.pth"):
         atto(weights=str(path))
 
 
@@ -299,7 +299,7 @@ def test_damaged_or_hostile_weights_are_refused(tmp_path):
     path = tmp_path / "weights.pth"
     for content in (b"", b"not a checkpoint", b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00trueq\x85R."):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="cannot be read"):
+        with pytest.raises(UserError, match=r"model\.weights.*weights\.pth"):
             atto(weights=str(path))
 
 

@@ -264,7 +264,6 @@ def test_released_weights_load_as_far_as_they_have_a_counterpart(tmp_path, caplo
         model = build_model(ModelSettings(**given, projection_norm="layer"))
     with pytest.raises(UserError, match=r"model\.projection_norm"):
         build_model(ModelSettings(**given))
-    assert "have no counterpart here" in caplog.text
     assert "spatial_offset_layer" in caplog.text
     found, given = model.state_dict(), trained.state_dict()
     for key in ("class_embeddings.", "projections.", "stem.", "stages.3.downsample", "stages.2.blocks.4.mlp"):
@@ -280,7 +279,7 @@ def test_released_weights_of_another_embedding_size_are_refused(tmp_path):
         create("contextual_convnext_tiny", num_classes=20, embedding_dim=128, projection_norm="layer").state_dict()
     )
     torch.save(state, tmp_path / "released.pth")
-    with pytest.raises(UserError, match="does not fit"):
+    with pytest.raises(UserError, match=r"model\.weights.*released\.pth"):
         build_model(
             ModelSettings(
                 name="contextual_convnext_tiny",

@@ -74,11 +74,11 @@ def test_a_damaged_run_is_told_from_weights_of_others(run):
     with pytest.raises(DamagedCheckpoint, match="manifest"):
         loaded(path)
     path.unlink()
-    with pytest.raises(UserError, match=r"model\.weights.*holds no"):
+    with pytest.raises(UserError, match=r"model\.weights"):
         loaded(path.parent.parent)
 
 
 def test_weights_of_another_run_that_do_not_fit_are_refused(run):
     path, _ = run
-    with pytest.raises(UserError, match="does not fit"):
+    with pytest.raises(UserError, match=r"model\.weights.*best\.pt"):
         loaded(path, timm_options={"depths": [1, 1, 1, 2], "dims": [8, 16, 24, 32]})

@@ -295,10 +295,10 @@ def test_without_a_compiler_plain_torch_takes_over_with_one_line(monkeypatch, tm
     sampled_conv_cpp.is_available.cache_clear()
     try:
         assert [sampled_conv.choose("auto", "cpu", torch.float32) for _ in range(2)] == ["torch", "torch"]
-        with pytest.raises(UserError, match="cpp kernels cannot"):
+        with pytest.raises(UserError, match=r"\bcpp\b"):
             sampled_conv.choose("cpp", "cpu", torch.float32)
         warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
-        assert [warning.split(" (")[0] for warning in warnings] == ["the C++ kernels could not be built"]
+        assert [compiler in warning for warning in warnings] == [True]
         assert not list(tmp_path.rglob("*.so"))
     finally:
         sampled_conv_cpp.is_available.cache_clear()

@@ -66,8 +66,8 @@ def test_files_that_are_not_fashion_mnist_are_refused(source, tmp_path):
     path = tmp_path / "train-images-idx3-ubyte.gz"
     data = gzip.decompress((source / path.name).read_bytes())
     path.write_bytes(gzip.compress(data[:-1]))
-    assert "is cut off" in refusal(tmp_path)
+    assert path.name in refusal(tmp_path)
     path.write_bytes(gzip.compress(b"no idx"))
-    assert "is not an idx file" in refusal(tmp_path)
+    assert path.name in refusal(tmp_path)
     path.write_bytes(b"no gzip")
-    assert "is not an idx file" in refusal(tmp_path)
+    assert path.name in refusal(tmp_path)

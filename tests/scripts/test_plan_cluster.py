@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.conftest import run_command
+from tests.helpers.facts import tells
 
 pytestmark = pytest.mark.run
 
@@ -33,21 +34,20 @@ def test_the_speed_comes_from_an_argument_a_dry_run_or_a_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "cause"),
+    ("arguments", "facts"),
     [
-        (["--images-per-second", "1200", "--gpus", "8192"], "8192 GPUs for steps of 4096 images"),
-        (["--measured", "README.md"], "README.md is no dry_run.json"),
-        (["--measured", "/nowhere.json"], "there is no file /nowhere.json"),
+        (["--images-per-second", "1200", "--gpus", "8192"], ["8192", "4096"]),
+        (["--measured", "README.md"], ["README.md"]),
+        (["--measured", "/nowhere.json"], ["/nowhere.json"]),
     ],
 )
-def test_mistakes_have_a_cause_and_a_fix(arguments, cause):
+def test_mistakes_have_a_cause_and_a_fix(arguments, facts):
     done = run_command(*SMALL, *arguments)
     assert done.returncode == 2
-    assert cause in done.stderr
+    assert tells(done.stderr, *facts)
     assert "fix: " in done.stderr
 
 
 def test_the_help_states_the_formulas():
     printed = run_command("scripts/cluster/plan_cluster.py", "--help").stdout
     assert "2 (n-1)/n * G / w" in printed
-    assert "the best case" in printed

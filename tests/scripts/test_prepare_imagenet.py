@@ -179,7 +179,7 @@ def test_other_settings_or_a_strangers_folder_are_refused(archives, prepare, tmp
     (tmp_path / "b" / "thesis.tex").touch()
     status, printed = prepare(archives, tmp_path / "b")
     assert status == 2
-    assert "is not empty" in printed
+    assert tells(printed, str(tmp_path / "b"))
 
 
 def test_two_runs_in_one_folder_are_refused(archives, prepare, tmp_path):
@@ -237,7 +237,7 @@ def test_hostile_members_are_refused_and_nothing_is_written(spoiled, prepare, tm
     before = set(tmp_path.rglob("*"))
     status, printed = prepare(spoiled, tmp_path / "root")
     assert status == 2, printed
-    assert "holds " in printed
+    assert tells(printed, str(spoiled / TRAIN))
     new = {path.name for path in set(tmp_path.rglob("*")) - before}
     assert new == {"root", prepare_imagenet.RECORD, prepare_imagenet.LOCK}
 
@@ -248,13 +248,15 @@ def test_class_tars_and_val_images_are_looked_at_too(spoiled, prepare, tmp_path)
     write_sums(spoiled)
     status, printed = prepare(spoiled, tmp_path / "root")
     assert status == 2
-    assert "leads out of the archive" in printed
+    assert tells(printed, str(spoiled / TRAIN))
+    assert "../" in printed
     (spoiled / TRAIN).write_bytes(tar_of(content.items()))
     (spoiled / VAL).write_bytes(with_first((spoiled / VAL).read_bytes(), "../evil.JPEG"))
     write_sums(spoiled)
     status, printed = prepare(spoiled, tmp_path / "root")
     assert status == 2
-    assert "leads out of the archive" in printed
+    assert tells(printed, str(spoiled / VAL))
+    assert "../evil.JPEG" in printed
 
 
 def test_a_member_that_reaches_beyond_its_class_is_refused(spoiled, prepare, tmp_path):
@@ -273,7 +275,7 @@ def test_a_member_that_reaches_beyond_its_class_is_refused(spoiled, prepare, tmp
     write_sums(spoiled)
     status, printed = prepare(spoiled, tmp_path / "root")
     assert status == 2
-    assert "unexpected end of data" in printed
+    assert tells(printed, str(spoiled / TRAIN))
 
 
 @pytest.mark.parametrize("bomb", ["a huge member", "many members"])
@@ -289,7 +291,7 @@ def test_a_devkit_that_unpacks_to_too_much_is_refused_early(spoiled, prepare, tm
     write_sums(spoiled)
     status, printed = prepare(spoiled, tmp_path / "root")
     assert status == 2
-    assert "unpacks to more than a development kit has" in printed
+    assert tells(printed, str(spoiled / DEVKIT))
 
 
 def test_a_devkit_with_a_header_that_cannot_be_read_is_refused(spoiled, prepare, tmp_path):
@@ -316,25 +318,23 @@ def test_a_changed_bit_is_found_by_the_sum(spoiled, prepare, tmp_path, archive):
 def test_the_official_sums_are_the_default(archives, prepare, tmp_path, monkeypatch):
     done = run_command("scripts/data/prepare_imagenet.py", str(archives), str(tmp_path / "root"))
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-2].endswith(
-        "expected 1d675b47d978889d74fa0da5fadfb00e: it is damaged or another file"
-    )
+    assert tells(done.stderr, "1d675b47d978889d74fa0da5fadfb00e")
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("counts", "val_ids", "message"),
+    ("counts", "val_ids", "facts"),
     [
-        ((5, 8, 6, 7, 5, 10), VAL_IDS, "n00000001.tar holds 9 images (9 names), the devkit says 10"),
-        (COUNTS, VAL_IDS[1:], "holds 12 images (12 names), the devkit says 11"),
-        (COUNTS, (*VAL_IDS[1:], 7), "cannot be read (KeyError: 7)"),
+        ((5, 8, 6, 7, 5, 10), VAL_IDS, ["n00000001.tar", "9", "10"]),
+        (COUNTS, VAL_IDS[1:], ["12", "11"]),
+        (COUNTS, (*VAL_IDS[1:], 7), ["KeyError", "7"]),
     ],
 )
-def test_wrong_counts_are_refused(spoiled, prepare, tmp_path, counts, val_ids, message):
+def test_wrong_counts_are_refused(spoiled, prepare, tmp_path, counts, val_ids, facts):
     write_devkit(spoiled, counts, val_ids)
     status, printed = prepare(spoiled, tmp_path / "root")
     assert status == 2
-    assert message in printed
+    assert tells(printed, *facts)
 
 
 def test_a_missing_class_or_archive_is_named(spoiled, prepare, tmp_path):
@@ -348,7 +348,7 @@ def test_a_missing_class_or_archive_is_named(spoiled, prepare, tmp_path):
     (spoiled / VAL).unlink()
     status, printed = prepare(spoiled, tmp_path / "root")
     assert status == 2
-    assert f"lacks {VAL}" in printed
+    assert tells(printed, str(spoiled), VAL)
 
 
 @pytest.mark.parametrize("content", [b"", b"not an archive" * 1000])
@@ -367,5 +367,4 @@ def test_a_full_or_closed_folder_is_said_so(archives, prepare, tmp_path):
     (tmp_path / "val").write_bytes(b"in the way")
     status, printed = prepare(archives, tmp_path, "--layout", "list")
     assert status == 2
-    assert "val cannot be written" in printed
-    assert "the same command goes on" in printed
+    assert tells(printed, str(tmp_path / "val"))

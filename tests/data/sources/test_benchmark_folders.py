@@ -36,12 +36,12 @@ def test_names_that_are_the_trainings_are_no_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("files", "cause"),
     [
-        (["n03/x.jpg", "dog/x.jpg"], "none of the model's 12 classes: dog"),
-        (["3/x.jpg", "12/x.jpg"], "none of the model's 12 classes: 12, 3"),
-        (["3/x.jpg", "03/x.jpg"], "none of the model's 12 classes"),
-        (["3/x.jpg", "n03/x.jpg"], "none of the model's 12 classes: 3"),
-        (["n03/notes.txt"], "has no images"),
-        (["x.jpg"], "has no class folders"),
+        (["n03/x.jpg", "dog/x.jpg"], r"\b12 classes.*\bdog\b"),
+        (["3/x.jpg", "12/x.jpg"], r"\b12 classes.*\b12, 3\b"),
+        (["3/x.jpg", "03/x.jpg"], r"\b12 classes"),
+        (["3/x.jpg", "n03/x.jpg"], r"\b12 classes.*\b3\b"),
+        (["n03/notes.txt"], "n03"),
+        (["x.jpg"], r"data\.root"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(tmp_path, files, cause):
@@ -52,7 +52,7 @@ def test_what_does_not_fit_the_model_is_refused(tmp_path, files, cause):
 def test_they_are_not_for_training(tmp_path):
     make(tmp_path, "n03/x.jpg")
     assert find_layout(tmp_path, "train") == "folders"
-    with pytest.raises(UserError, match="for evaluation only"):
+    with pytest.raises(UserError, match=r"data\.root"):
         open_source(tmp_path, "train", "benchmark", None)
     make(tmp_path / "incomplete", "train/n03/x.jpg")
     assert find_layout(tmp_path / "incomplete", "val") == "folders"

@@ -150,7 +150,7 @@ def test_only_the_open_splits_names_are_looked_for(roots, tmp_path, caplog):
     exclude.write_text("train/class_0/0.JPEG\n")
     with caplog.at_level("INFO", "contextual_cnn"):
         ImageData(DataSettings(root=str(roots["folders"]), exclude=str(exclude)), ("val",)).log_summary()
-    assert "not there" not in caplog.text
+    assert [record.levelname for record in caplog.records] == ["INFO"]
 
 
 def test_two_layouts_in_one_root_must_be_chosen_from(roots, tmp_path):
@@ -165,12 +165,12 @@ def test_two_layouts_in_one_root_must_be_chosen_from(roots, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(shuffle_shards=2), "has no tar shards"),
-        (dict(layout="list"), "there is no list .*train.txt"),
-        (dict(layout="shards"), "there are no shards .*train/"),
-        (dict(repeats=0), "data.repeats must be 1 or more"),
-        (dict(exclude="/nowhere.txt"), "/nowhere.txt cannot be read"),
-        (dict(exclude="/etc"), "/etc cannot be read"),
+        (dict(shuffle_shards=2), r"data\.shuffle_shards"),
+        (dict(layout="list"), r"train\.txt"),
+        (dict(layout="shards"), r"data\.root.*train"),
+        (dict(repeats=0), r"data\.repeats"),
+        (dict(exclude="/nowhere.txt"), r"/nowhere\.txt"),
+        (dict(exclude="/etc"), r"/etc\b"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(image_root, options, message):

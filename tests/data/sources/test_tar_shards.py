@@ -182,7 +182,7 @@ def test_a_damaged_header_is_not_taken_for_the_end(shard):
     damaged = bytearray(shard.read_bytes())
     damaged[member.offset - 512] ^= 1
     shard.write_bytes(damaged)
-    with pytest.raises(UserError, match="no end mark"):
+    with pytest.raises(UserError, match=r"a\.tar"):
         list_tar(shard)
 
 
@@ -193,16 +193,16 @@ def replaced(old, new):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (replaced("v1.2", "v1.1"), "begins with 'v1.1 7'"),
-        (replaced("v1.2 7", "v1.2 8"), "begins with 'v1.2 8'"),
-        (lambda text: "", "begins with ''"),
-        (replaced("jpg 512 ", "jpg 99999999 "), "line 2: .* is not in .*a.tar"),
+        (replaced("v1.2", "v1.1"), r"a\.idx.*'v1\.1 7'"),
+        (replaced("v1.2 7", "v1.2 8"), r"a\.idx.*'v1\.2 8'"),
+        (lambda text: "", r"a\.idx.*''"),
+        (replaced("jpg 512 ", "jpg 99999999 "), r"line 2.*\b99999999\b.*a\.tar"),
         (replaced("jpg 512 ", "jpg -512 "), "line 2"),
         (replaced("jpg 512 ", "jpg 0 "), "line 2"),
         (replaced("jpg 512 100 ", "jpg 512 99999999 "), "line 2"),
-        (replaced("jpg 512 100 ", "jpg 512 "), r"line 2: not \(extension offset size name\)"),
-        (replaced("jpg 512 100 ", "jpg 1024 100 "), "holds something else"),
-        (replaced("jpg 512 100 n000", "jpg 512 100 n009"), "holds something else"),
+        (replaced("jpg 512 100 ", "jpg 512 "), "line 2"),
+        (replaced("jpg 512 100 ", "jpg 1024 100 "), r"a\.idx.*'n000\.jpg'.*a\.tar"),
+        (replaced("jpg 512 100 n000", "jpg 512 100 n009"), r"a\.idx.*'n009\.jpg'.*a\.tar"),
         (replaced("jpg 512 ", f"jpg {'5' * 5000} "), "line 2"),
     ],
 )
@@ -226,14 +226,14 @@ def test_classes_that_do_not_fit_the_tar_are_refused(shard, text):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([], "holds no samples"),
-        ([("a.jpg", b"x")], "'a' has 1 images and 0 .cls"),
-        ([("a.cls", b"1")], "'a' has 0 images and 1 .cls"),
-        ([("a.jpg", b"x"), ("a.png", b"x"), ("a.cls", b"1")], "'a' has 2 images"),
-        ([("a.jpg", b"x"), ("b.cls", b"1")], "'a' has 1 images and 0"),
-        ([("a.jpg", b"x"), ("a.cls", b"cat")], r"'a\.cls' holds b'cat', no class index"),
-        ([("a.jpg", b"x"), ("a.cls", b"1" * 17)], "no class index"),
-        ([("a.jpg", b"x"), ("a.cls", b"0"), ("b.jpg", b"x"), ("b.cls", b"0")] * 2, "two samples of one name"),
+        ([], r"a\.tar"),
+        ([("a.jpg", b"x")], r"'a'.*\b1\b.*\b0\b"),
+        ([("a.cls", b"1")], r"'a'.*\b0\b.*\b1\b"),
+        ([("a.jpg", b"x"), ("a.png", b"x"), ("a.cls", b"1")], r"'a'.*\b2\b.*\b1\b"),
+        ([("a.jpg", b"x"), ("b.cls", b"1")], r"'a'.*\b1\b.*\b0\b"),
+        ([("a.jpg", b"x"), ("a.cls", b"cat")], r"'a\.cls'.*b'cat'"),
+        ([("a.jpg", b"x"), ("a.cls", b"1" * 17)], r"'a\.cls'"),
+        ([("a.jpg", b"x"), ("a.cls", b"0"), ("b.jpg", b"x"), ("b.cls", b"0")] * 2, r"a\.tar"),
     ],
 )
 def test_incomplete_samples_are_named(tmp_path, members, message):
