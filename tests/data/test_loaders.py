@@ -117,7 +117,7 @@ def test_training_images_are_what_pil_makes_of_the_same_draws(tmp_path, photos, 
         for on in ("loader", "device")
     }
     sampler = TrainSampler(plan, 2, 0)
-    for n in range(12):
+    for n in range(8):
         batches, draws = (
             {key: next(batches) for key, batches in ours.items()},
             Augmentation(augmentation, 2).draw(sampler[n]),

@@ -126,19 +126,35 @@ def test_resizing_shrinks_training_images_only_and_keeps_small_ones(archives, pr
     assert 0 < shrunk < len(found)
 
 
+# Its processes wait in front of the image after the fifth file, until the first process is gone
+WAITING = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, ".")
+from scripts.data import prepare_imagenet as script
+
+first, encode = os.getpid(), script.encode
+
+def finished():
+    return sum(path.suffix in (".JPEG", ".tar") and path.name[0] != "." for path in Path(sys.argv[2]).rglob("*"))
+
+def wait_and_encode(*image):
+    while finished() >= 5 and os.getppid() == first:
+        time.sleep(0.01)
+    return encode(*image)
+
+script.encode = wait_and_encode
+script.main()
+"""
+
+
 @pytest.mark.run
 @pytest.mark.parametrize("layout", ["list", "shards"])
 def test_a_killed_run_goes_on_to_the_identical_result(archives, prepare, tmp_path, layout):
     """Killed while its processes write images; then run to its end."""
-    slowly = (
-        "import sys, time; sys.path.insert(0, '.'); from scripts.data import prepare_imagenet as script\n"
-        "encode = script.encode\n"
-        "script.encode = lambda *image: (time.sleep(0.05), encode(*image))[1]\n"
-        "script.main()"
-    )
     root, done, options = tmp_path / "root", tmp_path / "done", ("--layout", layout, "--shard-images", "4")
     arguments = [archives, root, "--sums", archives / "sums.txt", "--workers", "2", *options]
-    run = subprocess.Popen([sys.executable, "-c", slowly, *map(str, arguments)], cwd=ROOT)
+    run = subprocess.Popen([sys.executable, "-c", WAITING, *map(str, arguments)], cwd=ROOT)
     while len(written(root)) < 3:
         assert run.poll() is None
         time.sleep(0.01)
