@@ -13,8 +13,6 @@ from contextual_cnn.ops.compiled_cache import load_cached
 from tests.conftest import HAS_COMPILER
 from tests.helpers import quick_start
 
-pytestmark = pytest.mark.run
-
 NOBODY = 65534
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler on this machine")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
@@ -86,6 +84,7 @@ DAMAGES = {
 
 
 @needs_compiler
+@pytest.mark.run
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_library_is_built_again_and_computes(kernels, damage):
     (library,) = kernels.libraries
@@ -115,6 +114,7 @@ def plant(library: Path, tmp_path: Path) -> Path:
 
 @needs_compiler
 @needs_root
+@pytest.mark.run
 @pytest.mark.parametrize("theirs", ["file", "folder"])
 def test_a_library_planted_by_another_user_is_not_loaded(kernels, tmp_path, theirs):
     """In a cache that all may write to, as clusters have one for scratch data."""
@@ -132,6 +132,7 @@ def test_a_library_planted_by_another_user_is_not_loaded(kernels, tmp_path, thei
 
 
 @needs_compiler
+@pytest.mark.run
 def test_two_processes_at_once_leave_one_library(tmp_path, compiled):
     kernels = Kernels(tmp_path, compiled)
     both = [kernels.start(number) for number in range(2)]

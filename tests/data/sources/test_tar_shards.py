@@ -293,7 +293,7 @@ def test_a_class_beyond_the_images_is_refused_before_it_takes_memory(tmp_path, n
         tracemalloc.stop()
 
 
-@pytest.mark.timeout(20)  # to open a pipe waits for ever
+@pytest.mark.timeout(60)  # to open a pipe waits for ever
 @pytest.mark.parametrize("kind", ["folder", "pipe"])
 def test_what_is_called_a_shard_and_is_none_is_refused(shard, kind):
     shard.unlink()
