@@ -43,7 +43,7 @@ class BatchPlan:
             up = next(m for m in range(micro_batch, share + 1) if share % m == 0)
             raise UserError(
                 f"a process's share of the global batch, {global_batch} / {world_size} = {share} images, "
-                f"is no multiple of trainer.micro_batch_size={micro_batch}",
+                f"is not a multiple of trainer.micro_batch_size={micro_batch}",
                 f"trainer.micro_batch_size={down} or trainer.micro_batch_size={up}",
             )
         if images < global_batch:

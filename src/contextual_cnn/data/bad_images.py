@@ -77,7 +77,7 @@ def first_usable(
         Number of the image, None for a blank; what is made of it.
 
     Raises:
-        UserError: none can be used, and there is no blank.
+        UserError: none can be used, and no blank was given.
     """
     for index in islice(candidates, _TRIES):
         try:

@@ -15,7 +15,7 @@ class SkippedSteps:
         self._is_skipping, self._rollbacks, self._rolled_back_at = False, 0, -settings.max_skipped_steps
 
     def look(self, in_a_row: int) -> Literal["continue", "roll back", "stop"]:
-        """What is to be done after so many skipped steps in a row."""
+        """What to do after this number of skipped steps in a row."""
         self._is_skipping = in_a_row > 0
         if in_a_row < (1 if self._policy == "stop" else self._most):
             return "continue"

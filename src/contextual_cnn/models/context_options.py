@@ -23,8 +23,8 @@ class ContextOptions:
         the shortlist. See docs/staged-loss.md for why rerank is the default.
     contextual_stages: those whose convolutions are modulated (paper: 2, 3, 4; table 6). A classification comes before
         each, but before stage 1, whose context is merged from all classes, and after the last stage.
-    contextual_every: one of every so many blocks of a contextual stage is contextual, from the first (the paper:
-        3 for ConvNeXt, nothing for ResNet; the released ResNet's default is 2).
+    contextual_every: N makes the first of every N blocks of a contextual stage contextual (the paper: 3 for ConvNeXt,
+        nothing for ResNet; the released ResNet's default is 2).
     convolution, mask: see `replace_convolution`.
 
     Raises:

@@ -6,7 +6,7 @@ from contextual_cnn.errors import UserError
 
 
 def find_checkpoint(given: str | Path, key: str = "checkpoint") -> Path:
-    """A file as it is; of a run folder its best checkpoint, or the last where there is no best.
+    """Finds the checkpoint of a run folder: the best, or the last if there is no best. A file is returned as it is.
 
     Args:
         key: what it was given for.
@@ -16,7 +16,7 @@ def find_checkpoint(given: str | Path, key: str = "checkpoint") -> Path:
     """
     path = Path(given).expanduser()
     if not path.exists():
-        raise UserError(f"{key}: there is no checkpoint {path}", "give a run folder (outputs/NAME) or a .pt file in it")
+        raise UserError(f"{key}: {path} does not exist", "give a run folder (outputs/NAME) or a .pt file in it")
     if not path.is_dir():
         return path
     for candidate in _in_folder(path):
