@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
+_SHARED_MEMORY = 0.32  # GiB a GPU: 8 workers that hold 2 batches of 128 images ready
 REQUIRED = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "wandb", "safetensors", "rich", "matplotlib")
 
 
@@ -77,16 +78,26 @@ def packages() -> Iterator[Row]:
 def gpus() -> Iterator[Row]:
     import torch
 
+    from contextual_cnn.device import choose_device, has_bf16, why_too_old
+    from contextual_cnn.errors import UserError
+
     if not torch.cuda.is_available():
+        try:
+            choose_device("auto", 0)
+        except UserError as error:  # there is one, and torch cannot use it
+            yield Row("GPU", error.cause, error.fix, necessary=True)
+            return
         why = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
         yield Row("GPU", f"none; {why}", "a CPU is enough for tests only; with a GPU here, see what nvidia-smi says")
         return
     yield Row("CUDA", f"{torch.version.cuda}, as torch was built")
     for i in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(i)
-        bf16 = properties.major >= 8
-        advice = None if bf16 else "no bfloat16 in hardware: trainer.precision=fp32"
-        yield Row(f"GPU {i}", f"{properties.name}, {properties.total_memory / GIB:.0f} GiB", advice)
+        device, properties = torch.device("cuda", i), torch.cuda.get_device_properties(i)
+        found = f"{properties.name}, {properties.total_memory / GIB:.0f} GiB"
+        if too_old := why_too_old(device):
+            yield Row(f"GPU {i}", found, too_old, necessary=True)
+        else:
+            yield Row(f"GPU {i}", found, None if has_bf16(device) else "no bfloat16: trainer.precision=fp32")
     several = torch.cuda.device_count() > 1
     nccl = torch.distributed.is_nccl_available()
     found = ".".join(map(str, torch.cuda.nccl.version())) if nccl else "missing"
@@ -149,8 +160,9 @@ def machine() -> Iterator[Row]:
     shared = Path("/dev/shm")
     if shared.is_dir():
         size = shutil.disk_usage(shared).free / GIB
-        advice = "data.loader=torch and NCCL need more: docker run --shm-size=8g, or --ipc=host"
-        yield Row("shared memory", f"{size:.1f} GiB free", advice if size < 1 else None)
+        needed = max(1.0, cards * _SHARED_MEMORY)
+        advice = f"data.loader=torch and NCCL need {needed:.1f} GiB: docker run --shm-size=8g, or --ipc=host"
+        yield Row("shared memory", f"{size:.1f} GiB free", advice if size < needed else None)
 
 
 def installed(package: str) -> str | None:

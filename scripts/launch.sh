@@ -20,6 +20,7 @@ pass_on() {
     local worker workers
     workers=$(cat "/proc/$torchrun/task/$torchrun/children")
     for worker in $workers; do
+        if cmp -s "/proc/$worker/cmdline" "/proc/$torchrun/cmdline"; then continue; fi # forked, and would lose it
         [[ $told == *" $worker "* ]] || kill -"$signal" "$worker"
         told+="$worker "
     done

@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from contextual_cnn.device import choose_device
 from contextual_cnn.errors import LostProcess, UserError
 from contextual_cnn.launcher import STARTED_BY, launched, world_size
+from contextual_cnn.shared_failure import SharedFailure
 
 _TORCHS_TURN = 5  # seconds by which torch's own error, which tells more, may be late
 
@@ -43,29 +45,30 @@ def process_group(device: str = "auto", timeout_minutes: float = 10) -> Iterator
 
     Raises:
         LostProcess: another process ended, or did not come in time.
-        UserError: there is no such device, the environment describes no group, or torchrun would not be able to
-            restart the processes.
+        UserError: there is no such device or torch cannot use it, the environment describes no group, or torchrun
+            would not be able to restart the processes.
     """
     _check_restarts()
     rank, size, local_rank = launched("RANK", 0), world_size(), launched("LOCAL_RANK", 0)
     _check_place(rank, size)
-    where = _device(device, local_rank)
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
-    try:
-        if size > 1:
-            _join(where, timeout_minutes)
-        yield World(rank, size, local_rank, where)
-    except RuntimeError as error:
-        if _is_about_a_peer(error):
+    where = choose_device(device, local_rank)
+    world = World(rank, size, local_rank, where)
+    if size == 1:
+        yield world
+        return
+    with SharedFailure(_join(where, timeout_minutes), rank, size) as failure:
+        try:
+            yield world
+        except RuntimeError as error:
+            if not _is_about_a_peer(error):
+                raise
             when = "".join(f", {note}" for note in getattr(error, "__notes__", ()))
-            raise LostProcess(
-                f"rank {rank}{when}: another process of the run has ended, or did not answer within "
-                f"{timeout_minutes:g} min ({str(error).splitlines()[0]:.150})"
-            ) from error
-        raise
-    if dist.is_initialized():  # after a failure it would wait for those that do not come
-        dist.destroy_process_group()
+            why = failure.cause() or (
+                f"another process of the run has ended, or did not answer within {timeout_minutes:g} min "
+                f"({str(error).splitlines()[0]:.150})"
+            )
+            raise LostProcess(f"rank {rank}{when}: {why}") from error
+    dist.destroy_process_group()  # after a failure it would wait for those that do not come
 
 
 def _check_place(rank: int, size: int) -> None:
@@ -76,13 +79,15 @@ def _check_place(rank: int, size: int) -> None:
         raise UserError(f"RANK={rank}, but WORLD_SIZE={size}: ranks count from 0", STARTED_BY)
 
 
-def _join(device: torch.device, timeout_minutes: float) -> None:
+def _join(device: torch.device, timeout_minutes: float) -> dist.Store:
+    """The store that the processes share, once all of them are there."""
     timeout = timedelta(minutes=timeout_minutes)
     try:
+        store = _meet(timeout)
         # device_id makes NCCL connect now rather than in the middle of the first step
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=_meet(timeout),
+            store=store,
             rank=launched("RANK", 0),
             world_size=world_size(),
             timeout=timeout,
@@ -94,6 +99,7 @@ def _join(device: torch.device, timeout_minutes: float) -> None:
             f"rank {os.environ.get('RANK')}: {world_size()} processes were to meet at {place} within "
             f"{timeout_minutes:g} min, and did not ({str(error).splitlines()[0]:.150})"
         ) from error
+    return store
 
 
 def _meet(timeout: timedelta) -> dist.Store:
@@ -134,24 +140,6 @@ def _check_restarts() -> None:
 def _is_about_a_peer(error: RuntimeError) -> bool:
     """gloo raises plain RuntimeErrors that name its source files."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
-
-
-def _device(name: str, local_rank: int) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError(
-            "trainer.device=cuda, but torch sees no CUDA device",
-            "check nvidia-smi, or use trainer.device=cpu",
-        )
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"local rank {local_rank} has no GPU: torch sees {torch.cuda.device_count()} on this node",
-            f"torchrun --nproc-per-node {torch.cuda.device_count()}",
-        )
-    return torch.device("cuda", local_rank)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from contextual_cnn.device import set_up_arithmetic
 from contextual_cnn.distributed import World, process_group
 from contextual_cnn.runs.checkpoint import load_checkpoint
 from contextual_cnn.runs.checkpoint_entries import require_entries
@@ -19,6 +20,7 @@ from contextual_cnn.tasks import task_settings
 def evaluate_checkpoints(checkpoints: Sequence[Path], settings: EvaluationSettings) -> None:
     """Evaluates one after the other; of several of a task, a table follows."""
     with process_group(settings.device) as world:
+        set_up_arithmetic()
         console = start_logging(world.is_main)
         found = [_evaluate(path, settings, world, console) for path in checkpoints]
         if not world.is_main:

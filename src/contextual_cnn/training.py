@@ -11,6 +11,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from contextual_cnn.batch_plan import BatchPlan
+from contextual_cnn.device import set_up_arithmetic
 from contextual_cnn.distributed import barrier, process_group
 from contextual_cnn.engine.dry_run import learning_rates, print_forecast, rehearse
 from contextual_cnn.engine.trainer import Trainer
@@ -76,8 +77,7 @@ def _keys(mark: str, settings: RunSettings, task: Task) -> tuple[str, ...]:
 
 def _build(settings: RunSettings, task: Task, position: Position) -> tuple[nn.Module, torch.optim.Optimizer, Scheduler]:
     """What is trained, and by what, before the first step; the same on all ranks."""
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
+    set_up_arithmetic()
     seed_all(Purpose.INITIAL_WEIGHTS, settings.seed)
     model = task.build_model().to(position.world.device)
     if settings.trainer.channels_last:

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from contextual_cnn.device import has_bf16
+from contextual_cnn.errors import UserError
 from contextual_cnn.settings.trainer import Precision
 from contextual_cnn.task import Call
 
@@ -13,8 +15,16 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     """The autocast context of a precision on a device; "auto" is bfloat16 on a GPU, float32 on a CPU.
 
     It may be entered again and again.
+
+    Raises:
+        UserError: the GPU has no bfloat16.
     """
     bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    if bf16 and not has_bf16(device):
+        raise UserError(
+            f"{torch.cuda.get_device_name(device)} has no bfloat16, and would emulate it slowly",
+            "trainer.precision=fp32 (of evaluate.py: precision=fp32)",
+        )
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
