@@ -21,7 +21,7 @@ from contextual_cnn.data.mixing import BatchAugmentation
 from contextual_cnn.data.sampler import TrainSampler
 from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError, run_script
-from contextual_cnn.randomness import Purpose, seed_all
+from contextual_cnn.randomness import Places, Purpose, seed_all
 from contextual_cnn.settings.augment import AugmentSettings
 from contextual_cnn.settings.data import DataSettings
 
@@ -80,8 +80,7 @@ def our_rows(data: ImageData, augment: AugmentSettings, rows: int, seed: int) ->
     mix = BatchAugmentation(augment, data.num_classes)
     pictures = []
     for n in range(rows):
-        seed_all(Purpose.MICRO_BATCH, seed, n)
-        images = mix(next(batches)).images
+        images = mix(next(batches), Places(seed, step=n, first=0, count=count)).images
         pictures.append([picture(images[i]) for i in np.argsort(sampler[n].indices)])
     return pictures
 

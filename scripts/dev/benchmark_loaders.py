@@ -22,6 +22,7 @@ from contextual_cnn.batch_plan import BatchPlan
 from contextual_cnn.data.image_data import ImageData
 from contextual_cnn.data.mixing import BatchAugmentation
 from contextual_cnn.distributed import World
+from contextual_cnn.randomness import Places
 from contextual_cnn.settings.augment import AugmentSettings
 from contextual_cnn.settings.data import DataSettings
 
@@ -99,8 +100,8 @@ def _our_batches(root: Path, augment: AugmentSettings, arguments: argparse.Names
     )
     world = World(0, 1, 0, torch.device(arguments.device))
     erase = BatchAugmentation(replace(augment, mixup=0.0, cutmix=0.0, label_smoothing=0.0), data.num_classes)
-    for batch in data.train_batches(plan, augment, 0, world, 0):
-        yield erase(batch)
+    for step, batch in enumerate(data.train_batches(plan, augment, 0, world, 0)):
+        yield erase(batch, Places(0, step, first=0, count=arguments.batch_size))
 
 
 def _timm_batches(root: Path, augment: AugmentSettings, arguments: argparse.Namespace) -> Iterator:

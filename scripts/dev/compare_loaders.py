@@ -27,7 +27,7 @@ from contextual_cnn.data.mixing import BatchAugmentation
 from contextual_cnn.data.process_pool import progress_bar
 from contextual_cnn.distributed import World
 from contextual_cnn.errors import run_script
-from contextual_cnn.randomness import Purpose, seed_all
+from contextual_cnn.randomness import Places, Purpose, seed_all
 from contextual_cnn.runs.environment import environment, print_report
 from contextual_cnn.settings.augment import AugmentSettings
 from contextual_cnn.settings.data import DataSettings
@@ -104,8 +104,8 @@ def our_statistics(data: ImageData, augment: AugmentSettings, seed: int) -> np.n
     found = []
     with progress_bar() as bar:
         for n in bar.track(range(plan.steps_per_epoch), description="ours"):
-            seed_all(Purpose.MICRO_BATCH, seed, n)
-            found.append(statistics(erase(Batch(*next(batches))).images))
+            batch = erase(Batch(*next(batches)), Places(seed, step=n, first=0, count=BATCH))
+            found.append(statistics(batch.images))
     return np.concatenate(found)
 
 

@@ -1,4 +1,4 @@
-"""How a global batch is shared out over accumulated micro-batches and processes."""
+"""How a global batch is shared out: over micro-batches and processes, and over the statistics of batch norms."""
 
 from dataclasses import dataclass
 
@@ -66,8 +66,39 @@ class BatchPlan:
         """The run-wide number of a micro-batch; what seeds everything that is drawn for it."""
         return (step * self.accumulation + accumulated) * self.world_size + rank
 
+    def first_place(self, accumulated: int, rank: int) -> int:
+        """Of a micro-batch in its global batch; the places of its samples follow one another."""
+        return (accumulated * self.world_size + rank) * self.micro_batch
+
     def __str__(self) -> str:
         return (
             f"global batch {self.global_batch} = {self.micro_batch} images x {self.accumulation} accumulated "
             f"x {self.world_size} processes; {self.steps_per_epoch} steps an epoch, {self.left_out} images left over"
         )
+
+
+@dataclass(frozen=True)
+class NormPlan:
+    """How a global batch is shared out over the statistics of a batch norm.
+
+    images: of a statistic. parts: statistics in a micro-batch. ranks: that follow one another and share a statistic;
+    parts or ranks is 1.
+    """
+
+    images: int
+    parts: int = 1
+    ranks: int = 1
+
+    @classmethod
+    def make(cls, plan: BatchPlan, wanted: int) -> "NormPlan":
+        """As many images in a statistic as wanted, at most the global batch; else as many as come next to that.
+
+        Micro-batches that are too small are joined over ranks and not over time: an accumulated one has gone when
+        the next one comes. Those that are too large are cut, into parts that are not smaller than wanted.
+        """
+        wanted, micro_batch = min(wanted, plan.global_batch), plan.micro_batch
+        if micro_batch >= wanted:
+            parts = next(n for n in range(micro_batch // wanted, 0, -1) if micro_batch % n == 0)
+            return cls(micro_batch // parts, parts=parts)
+        ranks = next(n for n in range(wanted // micro_batch, 0, -1) if plan.world_size % n == 0)
+        return cls(micro_batch * ranks, ranks=ranks)

@@ -61,7 +61,7 @@ class StagedScores(NamedTuple):
     @classmethod
     def of(cls, output: "StagedScores | Tensor") -> "StagedScores":
         """Takes whatever a model returns: staged scores as they are, plain (B, N) logits as those after stage 4."""
-        return output if isinstance(output, StagedScores) else cls((output.float(),), (), (STAGES,))
+        return output if isinstance(output, StagedScores) else cls((at_least_float32(output),), (), (STAGES,))
 
 
 class StagedLoss(NamedTuple):
@@ -69,6 +69,11 @@ class StagedLoss(NamedTuple):
 
     total: Tensor
     parts: dict[str, Tensor]
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """What bfloat16 is too coarse for. float64 stays, so that a check in float64 is one."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def is_considered(logits: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from contextual_cnn.batch_plan import BatchPlan
 from contextual_cnn.distributed import World
+from contextual_cnn.randomness import Places
+from contextual_cnn.settings.trainer import TrainerSettings
 
 # A model as the loop calls it: under the run's precision, wrapped for several processes
 Call = Callable[..., Any]
@@ -110,7 +112,7 @@ class Task(Protocol):
         """On the CPU. The global generators have been seeded."""
         ...
 
-    def check_model(self, model: nn.Module, plan: BatchPlan) -> None:
+    def check_model(self, model: nn.Module, settings: TrainerSettings, plan: BatchPlan) -> None:
         """Raises UserError for a model that these batches cannot train; warns of what looks like a mistake."""
 
     @abstractmethod
@@ -118,8 +120,17 @@ class Task(Protocol):
         """This rank's endless micro-batches from a position on."""
         ...
 
-    def prepare(self, batch: Any) -> Any:
-        """What is drawn for a whole micro-batch on its device. The global generators have been seeded for it."""
+    def norm_images(self, settings: TrainerSettings, plan: BatchPlan) -> int:
+        """How many images a statistic of a batch norm should be of."""
+        return settings.norm_batch if settings.sync_bn else plan.micro_batch
+
+    def prepare(self, batch: Any, places: Places | None) -> Any:
+        """What is done to a micro-batch on its device.
+
+        Args:
+            places: of its samples, by which all is drawn. None: by the global generators, which have been seeded for
+                this micro-batch, as runs of DRAWS 1 did.
+        """
         return batch
 
     @abstractmethod

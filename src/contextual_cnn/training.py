@@ -98,6 +98,8 @@ def _logger(settings: RunSettings, trainer: Trainer, run: RunFolder) -> Iterator
     log.info("run folder %s, device %s", run.path, trainer.world.device)
     log.info("%s", trainer.plan)
     log.info("%s", trainer.task.describe(trainer.train_step.module))
+    if remark := trainer.train_step.remark_on_norms():
+        log.warning("%s", remark)
     log.info(
         "%s, learning rate up to %.3g; %s schedule of %d epochs, %d of them warm-up",
         settings.optimizer.name,

@@ -12,7 +12,7 @@ from contextual_cnn.data.mixing import BatchAugmentation
 from contextual_cnn.data.random_erasing import erase_randomly
 from contextual_cnn.data.sampler import MicroBatch
 from contextual_cnn.errors import UserError
-from contextual_cnn.randomness import Purpose, seed_all
+from contextual_cnn.randomness import Places, Purpose, seed_all
 from contextual_cnn.settings.augment import AugmentSettings
 from tests.helpers import reference
 
@@ -87,7 +87,7 @@ def test_erasing_is_distributed_as_timms():
     random.seed(0)
     n = 6000
     theirs, _ = erased_boxes(RandomErasing(0.25, mode="pixel", device="cpu"), n)
-    ours, noise = erased_boxes(lambda images: erase_randomly(images, 0.25), n)
+    ours, noise = erased_boxes(lambda images: erase_randomly(images, 0.25, Places(0, 0, 0, n)), n)
     for boxes in (ours, theirs):
         assert len(boxes) / n == pytest.approx(0.25, abs=0.02)
     jitter = np.random.default_rng(0)
@@ -106,17 +106,19 @@ def test_erasing_is_distributed_as_timms():
 
 def test_erasing_never_and_always():
     images = torch.ones(4, 3, 32, 32)
-    assert torch.equal(erase_randomly(images.clone(), 0.0), images)
-    assert (erase_randomly(images.clone(), 1.0) != images).flatten(1).any(dim=1).all()
+    assert torch.equal(erase_randomly(images.clone(), 0.0, Places(0, 0, 0, 4)), images)
+    assert (erase_randomly(images.clone(), 1.0, Places(0, 0, 0, 4)) != images).flatten(1).any(dim=1).all()
 
 
-def test_mixing_gives_timms_soft_targets_and_is_seeded_by_the_micro_batch():
+@pytest.mark.parametrize("draws", [1, 2])
+def test_mixing_gives_timms_soft_targets_and_is_seeded_by_the_step(draws):
     augment = BatchAugmentation(AugmentSettings(erasing=0.5), num_classes=5)
     images, targets = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
     results = []
-    for key in ((0, 1), (0, 1), (0, 2)):
-        seed_all(Purpose.MICRO_BATCH, *key)
-        results.append(augment(Batch(images.clone(), targets)))
+    for step in (1, 1, 2):
+        seed_all(Purpose.MICRO_BATCH, 0, step)
+        places = Places(0, step, first=0, count=8) if draws > 1 else None
+        results.append(augment(Batch(images.clone(), targets), places))
     assert torch.equal(results[0].images, results[1].images)
     assert torch.equal(results[0].targets, results[1].targets)
     assert not torch.equal(results[0].images, results[2].images)
@@ -127,20 +129,51 @@ def test_mixing_gives_timms_soft_targets_and_is_seeded_by_the_micro_batch():
 @pytest.mark.parametrize(("mode", "shares"), [("batch", 1), ("pair", 4), ("elem", 8)])
 def test_mixing_can_be_drawn_for_each_image(mode, shares):
     augment = BatchAugmentation(AugmentSettings(erasing=0.0, label_smoothing=0.0, cutmix=0.0, mix_mode=mode), 8)
-    mixed = augment(Batch(torch.randn(8, 3, 32, 32), torch.arange(8)))
+    mixed = augment(Batch(torch.randn(8, 3, 32, 32), torch.arange(8)), Places(0, 0, 0, 8))
     assert (
         len({round(float(share), 5) for share in mixed.targets.diagonal().minimum(1 - mixed.targets.diagonal())})
         == shares
     )
 
 
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+@pytest.mark.parametrize("micro_batch", [2, 6, 24, 96, 128, 192, 384])
+def test_what_is_drawn_for_a_place_does_not_depend_on_the_micro_batch(mode, micro_batch):
+    """Bit for bit, erased and mixed: also where a micro-batch ends within a group of 128 places, or spans several."""
+    augment = BatchAugmentation(AugmentSettings(erasing=0.5, mix_mode=mode), num_classes=5)
+    draw = torch.Generator().manual_seed(0)
+    images, targets = torch.randn(384, 3, 8, 8, generator=draw), torch.arange(384) % 5
+    whole = augment(Batch(images.clone(), targets), Places(7, 3, 0, 384))
+    parts = [
+        augment(
+            Batch(images[first : first + micro_batch].clone(), targets[first : first + micro_batch]),
+            Places(7, 3, first, micro_batch),
+        )
+        for first in range(0, 384, micro_batch)
+    ]
+    assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
+    assert torch.equal(torch.cat([part.targets for part in parts]), whole.targets)
+    assert len(whole.targets.unique(dim=0)) > 10
+
+
+def test_places_share_a_draw_where_the_recipe_mixes_batch_by_batch():
+    augment = BatchAugmentation(AugmentSettings(erasing=0.0, label_smoothing=0.0, cutmix=0.0), num_classes=256)
+    mixed = augment(Batch(torch.randn(256, 3, 4, 4), torch.arange(256)), Places(0, 0, 0, 256))
+    shares = mixed.targets.diagonal()
+    partners = torch.arange(256) ^ 1  # neighbours
+    torch.testing.assert_close(mixed.targets[torch.arange(256), partners], 1 - shares)
+    assert len(shares[:128].unique()) == len(shares[128:].unique()) == 1
+    assert shares[0] != shares[128]
+
+
 def test_smoothing_alone_mixes_nothing_and_nothing_at_all_keeps_hard_targets():
     images, targets = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
     off = dict(erasing=0.0, mixup=0.0, cutmix=0.0)
-    smoothed = BatchAugmentation(AugmentSettings(**off), 5)(Batch(images.clone(), targets))
+    places = Places(0, 0, 0, 8)
+    smoothed = BatchAugmentation(AugmentSettings(**off), 5)(Batch(images.clone(), targets), places)
     assert torch.equal(smoothed.images, images)
     assert smoothed.targets.max().item() == pytest.approx(0.92)
-    plain = BatchAugmentation(AugmentSettings(**off, label_smoothing=0.0), 5)(Batch(images, targets))
+    plain = BatchAugmentation(AugmentSettings(**off, label_smoothing=0.0), 5)(Batch(images, targets), places)
     assert torch.equal(plain.targets, targets)
 
 

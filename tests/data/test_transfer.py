@@ -16,6 +16,7 @@ from contextual_cnn.data.randaugment.policy import ImageOps, Op
 from contextual_cnn.data.sampler import MicroBatch, TrainSampler
 from contextual_cnn.data.transfer import to_device
 from contextual_cnn.distributed import World
+from contextual_cnn.randomness import Places
 from contextual_cnn.settings.augment import AugmentSettings
 from contextual_cnn.settings.data import DataSettings
 
@@ -65,12 +66,9 @@ def draws_of_every_operation():
     return type(draws)(draws.height, draws.width, draws.place, draws.flip, ImageOps(ops, np.full((8, 2), 3.0)))
 
 
-BOXES = random_erasing._draw_boxes(8, 32, 32, 1.0)  # on the host, where fake tensors have no numbers to draw
-
-
 def erase():
-    with mock.patch.object(random_erasing, "_draw_boxes", return_value=BOXES):
-        random_erasing.erase_randomly(torch.zeros(8, 3, 32, 32, device=GPU), 1.0)
+    with mock.patch.object(torch, "Generator"), mock.patch.object(torch.Tensor, "normal_"):  # they need a real GPU
+        random_erasing.erase_randomly(torch.zeros(8, 3, 32, 32, device=GPU), 1.0, Places(0, 0, 0, 8))
 
 
 def augment_on_device(interpolation):

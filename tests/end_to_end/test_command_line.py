@@ -144,7 +144,7 @@ def test_evaluation_counts_every_image_once_at_any_world_size(straight, image_ro
 
 def test_two_processes_train_as_one(straight, image_root, tmp_path):
     """The same micro-batches, crops, mixing and dropped paths; only the order of float32 sums differs."""
-    done = torchrun(2, *small_run(image_root, tmp_path))
+    done = torchrun(2, *small_run(image_root, tmp_path, "trainer.norm_batch=8"))
     assert done.returncode == 0, done.stderr
     assert tells(done.stdout, "8", "images", "1", "2", "processes")
     assert "Grad strides do not match bucket view strides" not in done.stderr  # DDP would copy those gradients
@@ -155,7 +155,7 @@ def test_two_processes_train_as_one(straight, image_root, tmp_path):
 
 
 def test_two_processes_that_accumulate_train_as_one(straight, image_root, tmp_path):
-    overrides = ["trainer.micro_batch_size=4", "trainer.max_steps=3"]
+    overrides = ["trainer.micro_batch_size=4", "trainer.norm_batch=4", "trainer.max_steps=3"]
     runs = []
     for run, folder in ((run_command, tmp_path / "alone"), (lambda *c: run_group(2, *c), tmp_path / "shared")):
         done = run(*small_run(image_root, folder, *overrides))
@@ -163,6 +163,21 @@ def test_two_processes_that_accumulate_train_as_one(straight, image_root, tmp_pa
         runs.append(losses(folder))
     assert tells(done.stdout, "4", "images", "2", "processes")
     assert runs[1] == pytest.approx(runs[0], rel=1e-4)
+
+
+def test_one_two_and_four_processes_train_as_one(image_root, tmp_path):
+    """The recipe's norm over the whole global batch, whose micro-batches are of 16, 8 and 4 images."""
+    runs = []
+    for processes in (1, 2, 4):
+        folder = tmp_path / str(processes)
+        done = run_group(
+            processes, *small_run(image_root, folder, "trainer.micro_batch_size=16", "trainer.max_steps=3")
+        )
+        assert done.returncode == 0, done.stderr
+        assert not tells(done.stdout, "batch norms", "instead")
+        runs.append(losses(folder))
+    assert runs[1] == pytest.approx(runs[0], rel=1e-4)
+    assert runs[2] == pytest.approx(runs[0], rel=1e-4)
 
 
 def test_a_rank_that_fails_ends_the_run(image_root, tmp_path):

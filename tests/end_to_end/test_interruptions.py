@@ -170,9 +170,10 @@ def test_a_full_disk_costs_no_step_and_is_an_error_at_the_end(straight, image_ro
 
 def test_another_number_of_processes_goes_on_where_the_run_stands(straight, image_root, tmp_path):
     """Two processes stop inside an epoch, one goes on: the same global batches, so the same losses but for rounding."""
-    done = run_group(2, *small_run(image_root, tmp_path, "trainer.max_steps=7"))
+    shared = small_run(image_root, tmp_path, "trainer.norm_batch=8")
+    done = run_group(2, *shared, "trainer.max_steps=7")
     assert done.returncode == 0, done.stderr
-    status, printed = run(*small_run(image_root, tmp_path), output=tmp_path / "output")
+    status, printed = run(*shared, output=tmp_path / "output")
     assert status == 0, printed
     assert tells(printed, "2", "processes", "1")
     for (step, loss, *_), (same_step, other, *_) in zip(trained(straight), trained(tmp_path), strict=True):

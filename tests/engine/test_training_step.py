@@ -5,12 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from timm.layers import DropPath
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from contextual_cnn.batch_plan import BatchPlan
 from contextual_cnn.contracts import Batch
 from contextual_cnn.distributed import World
+from contextual_cnn.engine import training_step as training_step_module
 from contextual_cnn.engine.training_step import TrainingStep
 from contextual_cnn.errors import UserError
 from contextual_cnn.optim import build_optimizer, build_schedule
@@ -24,6 +26,8 @@ from contextual_cnn.settings.trainer import TrainerSettings
 from contextual_cnn.task import Position
 from contextual_cnn.tasks.image_classification.settings import ImageClassificationSettings
 from contextual_cnn.tasks.image_classification.task import ImageClassification
+
+NOTHING_DRAWN = AugmentSettings(erasing=0.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
 
 
 class WithStatistics(nn.Sequential):
@@ -42,12 +46,12 @@ class Small(nn.Module):
             self.add_module(name, nn.Linear(size, size))
 
 
-def training_step(model, state=None, micro_batch=8, optimizer=None, **settings):
+def training_step(model, state=None, micro_batch=8, optimizer=None, augment=NOTHING_DRAWN, **settings):
     optimizer = optimizer or build_optimizer(model, OptimizerSettings(), 4096)
     plan = BatchPlan.make(images=16, global_batch=8, micro_batch=micro_batch, world_size=1)
     return TrainingStep(
         TrainerSettings(**dict(ema_decay=None) | settings),
-        task(),
+        task(augment),
         model,
         optimizer,
         build_schedule(optimizer, ScheduleSettings(), 10),
@@ -56,12 +60,12 @@ def training_step(model, state=None, micro_batch=8, optimizer=None, **settings):
     )
 
 
-def task():
-    """Image classification without its data; nothing is mixed."""
+def task(augment):
+    """Image classification without its data."""
     settings = ImageClassificationSettings(
         model=ModelSettings(name="resnet18"),
         data=DataSettings(root=""),
-        augment=AugmentSettings(erasing=0.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0),
+        augment=augment,
         loss=LossSettings(),
     )
     return ImageClassification(settings, SimpleNamespace(num_classes=2, sources={}))
@@ -93,6 +97,47 @@ def test_a_step_that_is_skipped_leaves_the_statistics_of_batch_norms_too():
     step(1, iter([Batch(torch.full((8, 3, 4, 4), torch.nan), targets)]))
     assert step.meter.skipped_in_a_row == 1
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def losses_of(step, first, end):
+    images = torch.randn(16, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    found = []
+    for number in range(first, end):
+        step(number, iter(Batch(part.clone(), torch.arange(4) % 2) for part in images[:8].split(4)))
+        found.append(step.meter.read()[0]["loss"])
+    return found
+
+
+class WithDroppedPath(WithStatistics):
+    def __init__(self) -> None:
+        super().__init__()
+        self.insert(1, DropPath(0.5))
+
+
+def test_a_run_of_before_places_were_drawn_by_goes_on_as_it_began(monkeypatch):
+    """Such a checkpoint does not say how it draws; each of its micro-batches was normalised by itself."""
+    mixed = dict(augment=AugmentSettings(erasing=0.5), micro_batch=4)
+    torch.manual_seed(0)
+    model = WithDroppedPath()
+    monkeypatch.setattr(training_step_module, "DRAWS", 1)
+    old = training_step(model, **mixed)
+    assert old.norms.images == 4
+    losses_of(old, 0, 2)
+    state = copy.deepcopy(old.state())
+    assert state.pop("draws") == 1
+    expected = losses_of(old, 2, 4)
+    monkeypatch.undo()
+    resumed = training_step(WithDroppedPath(), state, **mixed)
+    assert losses_of(resumed, 2, 4) == expected
+    assert resumed.state()["draws"] == 1
+    new = training_step(WithDroppedPath(), state | {"draws": 2}, **mixed)
+    assert losses_of(new, 2, 4) != expected
+
+
+def test_draws_of_a_later_version_are_refused():
+    state = training_step(Small("first")).state()
+    with pytest.raises(UserError, match="later version"):
+        training_step(Small("first"), state | {"draws": 99})
 
 
 @pytest.mark.parametrize("warmup", [False, True], ids=["", "warm-up of the average"])

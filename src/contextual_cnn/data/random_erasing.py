@@ -10,18 +10,25 @@ import torch
 from torch import Tensor
 
 from contextual_cnn.data.transfer import to_device
+from contextual_cnn.randomness import Places, Purpose
 
 _AREA = (0.02, 1 / 3)  # share of the image
 _LOG_ASPECT = (math.log(0.3), -math.log(0.3))
 _ATTEMPTS = 10
+_COLUMNS = 2 * _ATTEMPTS + 4  # numbers drawn for an image: area and aspect ten times, whether, where, and its noise
 
 
-def erase_randomly(images: Tensor, probability: float) -> Tensor:
+def erase_randomly(images: Tensor, probability: float, places: Places | None) -> Tensor:
     """(B, C, H, W) normalised images, changed in place: some get a rectangle of N(0, 1) noise.
 
-    The rectangles are drawn by torch's generator for the CPU, the noise by that of the images' device.
+    Args:
+        places: by which rectangles and noise are drawn. None: by torch's global generators, as runs of DRAWS 1 did.
     """
-    owners, tops, lefts, heights, widths = _draw_boxes(len(images), images.shape[2], images.shape[3], probability)
+    if places is None:
+        u = torch.rand(len(images), _COLUMNS - 1, dtype=torch.float64).numpy()
+    else:
+        u = places.uniform(Purpose.ERASING, _COLUMNS)
+    owners, tops, lefts, heights, widths = _choose_boxes(u, images.shape[2], images.shape[3], probability)
     sizes = heights * widths
     total = int(sizes.sum())
     firsts = np.cumsum(sizes) - sizes
@@ -29,19 +36,34 @@ def erase_randomly(images: Tensor, probability: float) -> Tensor:
     repeats = to_device(sizes, images.device)
     image, top, left, width, first = boxes.repeat_interleave(repeats, dim=0, output_size=total).unbind(1)
     place = torch.arange(total, device=images.device) - first  # of an erased pixel within its rectangle
-    noise = torch.randn(total, images.shape[1], device=images.device, dtype=images.dtype)
+    keys = None if places is None else (u[owners, -1] * 2**53).astype(np.int64)
+    noise = _noise(sizes, keys, images)
     images.permute(0, 2, 3, 1)[image, top + place // width, left + place % width] = noise
     return images
 
 
-def _draw_boxes(images: int, height: int, width: int, probability: float) -> tuple[np.ndarray, ...]:
-    """Image, top, left, height and width of each rectangle, int64; the first of ten attempts that fits."""
-    u = torch.rand(images, 2 * _ATTEMPTS + 3, dtype=torch.float64).numpy()
+def _noise(sizes: np.ndarray, keys: np.ndarray | None, images: Tensor) -> Tensor:
+    """(all pixels, C) of N(0, 1): each rectangle's own, by its key."""
+    noise = images.new_empty(int(sizes.sum()), images.shape[1])
+    if keys is None:
+        return noise.normal_()
+    draw = torch.Generator(images.device)
+    for rectangle, key in zip(noise.split(sizes.tolist()), keys, strict=True):
+        rectangle.normal_(generator=draw.manual_seed(int(key)))
+    return noise
+
+
+def _choose_boxes(u: np.ndarray, height: int, width: int, probability: float) -> tuple[np.ndarray, ...]:
+    """Image, top, left, height and width of each rectangle, int64; the first of ten attempts that fits.
+
+    Args:
+        u: (B, 23 or more) of [0, 1).
+    """
     area = height * width * _between(*_AREA, u[:, :_ATTEMPTS])
     aspect = np.exp(_between(*_LOG_ASPECT, u[:, _ATTEMPTS : 2 * _ATTEMPTS]))
     heights, widths = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
     fits = (heights < height) & (widths < width)
-    chosen, row, column = u[:, 2 * _ATTEMPTS :].T
+    chosen, row, column = u[:, 2 * _ATTEMPTS : 2 * _ATTEMPTS + 3].T
     image = np.flatnonzero((chosen < probability) & fits.any(axis=1))
     first = fits.argmax(axis=1)[image]
     box_height, box_width = heights[image, first], widths[image, first]

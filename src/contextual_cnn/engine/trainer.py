@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from timm.utils import distribute_bn
 
 from contextual_cnn.distributed import AnyRank, barrier
 from contextual_cnn.engine.evaluator import EvaluationStopped, evaluate
@@ -201,11 +200,7 @@ class Trainer:
         self._enter("evaluation")
         if self.train_step.ema is not None:
             models["ema"] = self.train_step.ema.module
-        if self.world.size > 1:
-            # Running statistics of batch norms differ from rank to rank. Those of rank 0 count, as in DDP's forward
-            # and in a checkpoint: so a run that goes on from one ends with the same bits
-            for model in models.values():
-                distribute_bn(model, self.world.size, reduce=False)
+        self.train_step.agree_on_buffers()
         precision = autocast(self.settings.precision, self.world.device)
 
         def should_stop() -> bool:

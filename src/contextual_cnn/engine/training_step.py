@@ -7,9 +7,13 @@ from typing import Any
 
 import torch
 from timm.scheduler.scheduler import Scheduler
+from timm.utils import distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from contextual_cnn.batch_plan import NormPlan
+from contextual_cnn.engine.batch_norms import BatchNorms
+from contextual_cnn.engine.drop_paths import DropPaths
 from contextual_cnn.engine.guarded_ema import GuardedEma
 from contextual_cnn.engine.precision import autocast, under
 from contextual_cnn.engine.train_meter import TrainMeter
@@ -17,7 +21,7 @@ from contextual_cnn.errors import UserError
 from contextual_cnn.guards.memory import explained_shortage
 from contextual_cnn.guards.nonfinite import explain_nonfinite
 from contextual_cnn.optim import clip_gradients, may_step
-from contextual_cnn.randomness import Purpose, seed_all
+from contextual_cnn.randomness import DRAWS, Places, Purpose, seed_all
 from contextual_cnn.settings.trainer import TrainerSettings
 from contextual_cnn.task import Batch, Call, Outcome, Position, Task
 
@@ -51,20 +55,27 @@ class TrainingStep:
     ) -> None:
         self._settings, self._task, self.position = settings, task, position
         self.module, self.optimizer, self.schedule = model, optimizer, schedule
-        task.check_model(model, position.plan)
+        task.check_model(model, settings, position.plan)
         self.ema = None
         if settings.ema_decay is not None:
             self.ema = GuardedEma(model, decay=settings.ema_decay, use_warmup=settings.ema_warmup)
         if state is not None:
             self.restore(state)
         # Wrapped last: the EMA copy and the checkpoints see the bare module, whose names have no prefix
-        self._model = torch.compile(model) if settings.compile else model
         world = position.world
+        self._draws = DRAWS if state is None else state.get("draws", 1)
+        self._normed_before = state and state.get("norm_images")
+        self._drop_paths = DropPaths(model, position.plan.micro_batch, world.device) if self._draws > 1 else None
+        self.norms = BatchNorms(model, position.plan, self._norm_plan())
+        managed = set(map(id, self.norms.managed))
+        self._buffers = [buffer for buffer in model.buffers() if id(buffer) not in managed]
+        self._model = torch.compile(model) if settings.compile else model
         if world.size > 1:
             self._model = DistributedDataParallel(
                 self._model,
                 device_ids=[world.device] if world.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
+                forward_sync_buffers=bool(self._buffers),
                 static_graph=position.plan.accumulation == 1,  # with no_sync in the first step it fails inside torch
             )
         self.meter = TrainMeter(world)
@@ -82,7 +93,7 @@ class TrainingStep:
         with explained_shortage(self.position.world, plan, step):
             self.schedule.step_update(step)
             self.optimizer.zero_grad(set_to_none=True)
-            statistics = [(buffer, buffer.clone()) for buffer in self.module.buffers()]  # of batch norms
+            buffers = [(buffer, buffer.clone()) for buffer in self._buffers]  # whatever a model keeps in them
             for accumulated in range(plan.accumulation):
                 with self.meter.waiting_for_data():
                     batch = next(batches)
@@ -93,7 +104,8 @@ class TrainingStep:
                 finite = finite & (self.meter.skipped_in_a_row == 0)  # the first one to be skipped is the last one
             if may_step(self.optimizer, finite):
                 self.optimizer.step()
-            for buffer, before in statistics:  # the forward passes have changed them already
+            self.norms.settle(finite)
+            for buffer, before in buffers:  # the forward passes have changed them already
                 buffer.copy_(torch.where(finite, buffer, before))
             if self.ema is not None:
                 self.ema.update_if(finite, self.module, step=step + 1 if settings.ema_warmup else None)
@@ -104,6 +116,14 @@ class TrainingStep:
         """Of the step that was made last."""
         return max(group["lr"] for group in self.optimizer.param_groups)
 
+    def agree_on_buffers(self) -> None:
+        """Those of rank 0 count, of what running statistics a model has beside those of its batch norms; called by all
+        ranks before an evaluation, so that a run that goes on from a checkpoint ends with the same bits.
+        """
+        if self._buffers and self.position.world.size > 1:
+            for model in (self.module, *([self.ema.module] if self.ema is not None else [])):
+                distribute_bn(model, self.position.world.size, reduce=False)
+
     def state(self) -> dict[str, Any]:
         """All that a step changes; the live tensors, not a copy."""
         return {
@@ -111,6 +131,8 @@ class TrainingStep:
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
             "optimizer": self.optimizer.state_dict(),
             "optimized": self._optimized(),
+            "draws": self._draws,
+            "norm_images": self.norms.images,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -119,6 +141,8 @@ class TrainingStep:
         Raises:
             UserError: it is the state of another model, or of one whose parameters came in another order.
         """
+        if state.get("draws", 1) > DRAWS:
+            raise UserError("the checkpoint draws as a later version of this program does", "update contextual-cnn")
         # Moments are stored by position; checkpoints of before November 2026 do not name their parameters
         if state.get("optimized", self._optimized()) != self._optimized():
             raise UserError(
@@ -170,10 +194,33 @@ class TrainingStep:
         )
 
     def _prepare(self, batch: Batch, step: int, accumulated: int) -> Batch:
-        """All that is drawn for a micro-batch depends on its number, not on who computes it or what came before."""
-        number = self.position.plan.micro_batch_number(step, accumulated, self.position.world.rank)
-        seed_all(Purpose.MICRO_BATCH, self.position.seed, number)
-        return self._task.prepare(batch)
+        """What is drawn for a micro-batch depends on its places, not on who computes it or what came before."""
+        plan, rank, seed = self.position.plan, self.position.world.rank, self.position.seed
+        seed_all(Purpose.MICRO_BATCH, seed, plan.micro_batch_number(step, accumulated, rank))
+        if self._drop_paths is None:
+            return self._task.prepare(batch, None)
+        places = Places(seed, step, plan.first_place(accumulated, rank), plan.micro_batch)
+        self._drop_paths.draw(places)
+        return self._task.prepare(batch, places)
+
+    def remark_on_norms(self) -> str | None:
+        """What is to be said where batch norms see another number of images than they should, or than they did."""
+        plan, images = self.position.plan, self.norms.images
+        wanted = min(self._task.norm_images(self._settings, plan), plan.global_batch)
+        wanted = self._normed_before or wanted
+        if not len(self.norms) or images == wanted or self._draws == 1:
+            return None
+        return (
+            f"the batch norms see {images} images at a time instead of {wanted}, and accumulated micro-batches cannot "
+            f"be joined: trainer.micro_batch_size={wanted}, or as many processes as make that up"
+        )
+
+    def _norm_plan(self) -> NormPlan:
+        """Of runs of DRAWS 1: each micro-batch by itself."""
+        plan = self.position.plan
+        if self._draws == 1:
+            return NormPlan(plan.micro_batch)
+        return NormPlan.make(plan, self._task.norm_images(self._settings, plan))
 
     def _forward(self, model: Call, batch: Batch) -> Outcome:
         context = autocast(self._settings.precision, self.position.world.device)

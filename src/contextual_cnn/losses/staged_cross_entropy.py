@@ -11,7 +11,7 @@ Shapes: B images, N classes.
 import torch
 from torch import Tensor, nn
 
-from contextual_cnn.contracts import StagedLoss, StagedScores, is_considered, stage_name
+from contextual_cnn.contracts import StagedLoss, StagedScores, at_least_float32, is_considered, stage_name
 from contextual_cnn.settings.loss import LossSettings
 
 
@@ -30,7 +30,7 @@ class StagedCrossEntropy(nn.Module):
         return StagedLoss(total, {stage_name("loss", stage): loss.detach() for stage, loss in named})
 
     def _stage_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        logits = logits.float()
+        logits = at_least_float32(logits)
         considered = is_considered(logits)
         # Dropped classes have log-probability -inf: taken out before they meet a zero target and make a NaN
         log_p = torch.log_softmax(logits, dim=1).masked_fill(~considered, 0.0)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from contextual_cnn.contracts import at_least_float32
 from contextual_cnn.settings.model import ProjectionNorm
 
 FEWEST_CLASSES = 3  # as many as shortlists, each shorter than the one before
@@ -34,9 +35,9 @@ class ClassEmbeddings(nn.Module):
         """(B, E) visual vectors -> (B, N) float32 logits: cosine similarity over the temperature."""
         # float32 always: the inverse temperature multiplies a rounding of bfloat16 by up to 100
         with torch.autocast(projected.device.type, enabled=False):
-            scale = self.log_inverse_temperature.float().exp().clamp(max=_MAX_INVERSE_TEMPERATURE)
-            similarity = F.normalize(projected.float(), dim=-1) @ F.normalize(self.weight.float(), dim=-1).T
-            return scale * similarity
+            scale = at_least_float32(self.log_inverse_temperature).exp().clamp(max=_MAX_INVERSE_TEMPERATURE)
+            vectors, embeddings = (F.normalize(at_least_float32(x), dim=-1) for x in (projected, self.weight))
+            return scale * (vectors @ embeddings.T)
 
 
 class Projection(nn.Sequential):

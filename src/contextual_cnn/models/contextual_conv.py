@@ -14,6 +14,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
+from contextual_cnn.contracts import at_least_float32
 from contextual_cnn.ops import contextual_conv2d
 from contextual_cnn.ops.sampled_conv import implementation_on
 from contextual_cnn.settings.model import Convolution
@@ -205,7 +206,7 @@ class DeformableConv2d(_Replacement):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, O, Ho, Wo)."""
         x = _as_conv2d_takes(x)
-        offset, mask = self.offset_mask(x).float().split([2 * self.taps, self.taps], dim=1)
+        offset, mask = at_least_float32(self.offset_mask(x)).split([2 * self.taps, self.taps], dim=1)
         return contextual_conv2d(
             x, self.weight, self.bias, sampling_offset=offset, mask=2 * mask.sigmoid(), **self.geometry
         )

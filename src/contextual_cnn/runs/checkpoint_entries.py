@@ -146,6 +146,8 @@ _ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "step": _COUNT,
     "epoch": _COUNT,
     "ended_step": _COUNT,
+    "draws": _COUNT,
+    "norm_images": _COUNT,
     "images": _COUNT,
     "listing": ("a text", lambda value: type(value) is str),
     "batches": (

@@ -57,13 +57,13 @@ def load_newest(
     for difference in differences:
         log.warning("resuming with another value than before: %s", difference)
     log.info("resuming %s from step %d (epoch %d complete)", path, state["step"], state["epoch"])
-    _report_batches(tuple(state["batches"]), plan)
+    _report_batches(state, plan)
     return state
 
 
-def _report_batches(before: tuple[int, int], plan: BatchPlan) -> None:
-    """Another number of processes changes no image's place; another micro-batch changes what is drawn for it."""
-    processes, micro_batch = before
+def _report_batches(state: Mapping[str, Any], plan: BatchPlan) -> None:
+    """Another number of processes changes no image's place, and since DRAWS 2 another micro-batch no draw."""
+    processes, micro_batch = state["batches"]
     if processes != plan.world_size:
         log.info(
             "the checkpoint is of %d processes, these are %d: the global batches are shared out anew, and no image of "
@@ -71,7 +71,7 @@ def _report_batches(before: tuple[int, int], plan: BatchPlan) -> None:
             processes,
             plan.world_size,
         )
-    if micro_batch != plan.micro_batch:
+    if micro_batch != plan.micro_batch and state.get("draws", 1) == 1:
         log.warning(
             "micro-batches of %d images instead of %d: mixing and dropped paths are drawn anew from here on",
             *(plan.micro_batch, micro_batch),

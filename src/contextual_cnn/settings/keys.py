@@ -7,7 +7,11 @@ from typing import Any, TypeVar, get_type_hints
 Record = TypeVar("Record")
 
 # What the absence of a key means in the config of a run that was started before there was the key
-LATER_KEYS: dict[str, Any] = {"task": "image_classification", "data": {"interpolation": "bicubic"}}
+LATER_KEYS: dict[str, Any] = {
+    "task": "image_classification",
+    "data": {"interpolation": "bicubic"},
+    "trainer": {"norm_batch": 128, "sync_bn": True},  # which nothing is made of where a run is of DRAWS 1
+}
 
 
 def may_change(default: Any = MISSING, *, by_node: bool = False) -> Any:

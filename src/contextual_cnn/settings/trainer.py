@@ -21,6 +21,9 @@ class TrainerSettings:
     precision: "auto" is bfloat16 autocast on a GPU and float32 on a CPU.
     global_batch_size: images per optimizer step over all processes (paper: 4096).
     micro_batch_size: images per process and forward pass; the accumulation follows from it.
+    norm_batch: images in a statistic of a batch norm that trains, the recipe's micro-batch. Larger micro-batches are
+        cut into groups of so many.
+    sync_bn: ranks whose micro-batches are smaller join them up to norm_batch; false leaves each micro-batch to itself.
     ema_decay: per optimizer step; null keeps no average. Evaluated beside the raw weights.
     ema_warmup: lets the decay grow to its value, for runs too short for it.
     grad_clip: largest norm of the gradient; null does not clip.
@@ -41,6 +44,8 @@ class TrainerSettings:
     precision: Precision = "auto"
     global_batch_size: int = 4096
     micro_batch_size: int = may_change(128)
+    norm_batch: int = 128
+    sync_bn: bool = True
     channels_last: bool = may_change(True)
     compile: bool = may_change(False)
     ema_decay: float | None = 0.9999
@@ -60,6 +65,8 @@ class TrainerSettings:
         for key in ("log_every", "eval_every", "max_skipped_steps", "max_steps"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise UserError(f"trainer.{key} must be 1 or more, got {getattr(self, key)}", f"trainer.{key}=1")
+        if self.norm_batch < 2:
+            raise UserError(f"trainer.norm_batch must be 2 or more, got {self.norm_batch}", "trainer.norm_batch=128")
         self.max_seconds  # noqa: B018 - refuses what is no time
         if not 0 < self.timeout_minutes < math.inf:
             raise UserError(

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from contextual_cnn.batch_plan import BatchPlan
+from contextual_cnn.batch_plan import BatchPlan, NormPlan
 from contextual_cnn.contracts import Batch, StagedScores, by_stage
 from contextual_cnn.data.image_data import ImageData
 from contextual_cnn.data.mixing import BatchAugmentation
@@ -16,7 +16,9 @@ from contextual_cnn.errors import UserError
 from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.models import build_model, summarize
 from contextual_cnn.models.preprocessing import warn_of_other_pixels
+from contextual_cnn.randomness import Places
 from contextual_cnn.runs.agreement import digest
+from contextual_cnn.settings.trainer import TrainerSettings
 from contextual_cnn.task import Call, Metric, Outcome, Position, Task
 from contextual_cnn.tasks.image_classification.hits import labels_of, stage_hits, top_hits
 from contextual_cnn.tasks.image_classification.measure import ClassificationEvaluation
@@ -40,11 +42,12 @@ class ImageClassification(Task):
         """On the CPU."""
         return build_model(self.settings.model)
 
-    def check_model(self, model: nn.Module, plan: BatchPlan) -> None:
-        """Raises UserError for micro-batches of one image where a batch norm sees one vector of each."""
-        if plan.micro_batch == 1 and any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
+    def check_model(self, model: nn.Module, settings: TrainerSettings, plan: BatchPlan) -> None:
+        """Raises UserError for statistics of one image where a batch norm sees one vector of each."""
+        has_vectors = any(isinstance(module, nn.BatchNorm1d) for module in model.modules())
+        if has_vectors and NormPlan.make(plan, self.norm_images(settings, plan)).images == 1:
             raise UserError(
-                "the model's projections have batch norms, which cannot learn from micro-batches of one image",
+                "the model's projections have batch norms, which cannot learn from one image at a time",
                 "trainer.micro_batch_size=2 or more, or model.projection_norm=layer",
             )
         warn_of_other_pixels(model, self.settings.model.weights, self.settings.data.pixels)
@@ -55,9 +58,9 @@ class ImageClassification(Task):
             position.plan, self.settings.augment, position.seed, position.world, position.step
         )
 
-    def prepare(self, batch: Batch) -> Batch:
+    def prepare(self, batch: Batch, places: Places | None) -> Batch:
         """Erased and mixed images; targets (B, N) if anything mixes or smooths."""
-        return self._augment(batch)
+        return self._augment(batch, places)
 
     def forward(self, call: Call, batch: Batch) -> Outcome:
         """The staged loss, its part of each stage, the hits of the last stage, the recall of each shortlist."""
