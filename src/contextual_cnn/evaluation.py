@@ -9,7 +9,7 @@ from rich.console import Console
 
 from contextual_cnn.device import set_up_arithmetic
 from contextual_cnn.distributed import World, process_group
-from contextual_cnn.runs.checkpoint import load_checkpoint
+from contextual_cnn.runs.checkpoint import load_trained
 from contextual_cnn.runs.checkpoint_entries import require_entries
 from contextual_cnn.runs.run_folder import start_logging
 from contextual_cnn.settings.evaluation import EvaluationSettings
@@ -33,7 +33,7 @@ def evaluate_checkpoints(checkpoints: Sequence[Path], settings: EvaluationSettin
 
 def _evaluate(path: Path, settings: EvaluationSettings, world: World, console: Console) -> tuple[str, dict[str, Any]]:
     """Name of the task, and its report."""
-    state = load_checkpoint(path)
+    state = load_trained(path)
     require_entries(state, path, "config")
     task = state["config"].get("task", LATER_KEYS["task"])
     return task, task_settings(task).evaluator().evaluate_checkpoint(path, state, settings, world, console)

@@ -10,7 +10,7 @@ from torch import nn
 
 from contextual_cnn.errors import UserError
 from contextual_cnn.models.restore import restore_model
-from contextual_cnn.runs.checkpoint import load_checkpoint
+from contextual_cnn.runs.checkpoint import load_trained
 from contextual_cnn.runs.checkpoint_entries import choose_weights, require_entries
 from contextual_cnn.runs.checkpoint_files import find_checkpoint
 from contextual_cnn.schema import Group, check_config
@@ -73,7 +73,7 @@ def load_model(checkpoint: str, weights: str = "auto", data: Mapping[str, Any] |
         UserError: no such checkpoint, a damaged one, one whose config is refused, or weights that it does not hold.
     """
     path = find_checkpoint(checkpoint)
-    return restore(path, load_checkpoint(path), weights, data)
+    return restore(path, load_trained(path), weights, data)
 
 
 def restore(

@@ -24,7 +24,7 @@ from contextual_cnn.runs.agreement import check_agreement, digest_code, digest_c
 from contextual_cnn.runs.checkpoint_store import CheckpointStore
 from contextual_cnn.runs.loggers import MetricsLogger, NullLogger, open_loggers, read_metrics
 from contextual_cnn.runs.own_files import replaced
-from contextual_cnn.runs.resume import load_newest
+from contextual_cnn.runs.resume import check_resumed, read_newest
 from contextual_cnn.runs.run_folder import RunFolder, start_logging
 from contextual_cnn.settings.keys import marked
 from contextual_cnn.settings.run import RunSettings
@@ -53,10 +53,12 @@ def train(settings: RunSettings, task: Task, plan: BatchPlan, request: StopReque
         with run.claimed() if world.is_main and not settings.trainer.dry_run else nullcontext():
             barrier()  # nobody reads before rank 0 is the only one who may write
             store = CheckpointStore(run.checkpoints, settings.checkpoint)
-            state = load_newest(store, record, plan, settings.resume, _keys("may_change", settings, task))
+            free = _keys("may_change", settings, task)
+            state = check_resumed(read_newest(store, world), record, plan, settings.resume, free)
             check_agreement({"checkpoint": str(state and state["step"])})
             train_step = TrainingStep(settings.trainer, task, model, optimizer, schedule, position, state)
             trainer = Trainer(settings.trainer, task, train_step, store, settings.schedule.epochs, record, state)
+            del state  # as large as the model and its moments, in every process
             if trainer.is_complete:
                 best = f"best {task.best.label} {trainer.best[task.best.name]:.2f}"
                 log.info("%s is complete: %d steps, %s; nothing to do", run.path, trainer.step, best)

@@ -11,6 +11,8 @@ from contextual_cnn.errors import UserError
 from contextual_cnn.runs.checkpoint import (
     DamagedCheckpoint,
     load_checkpoint,
+    load_trained,
+    map_checkpoint,
     step_of,
     write_checkpoint,
 )
@@ -152,6 +154,47 @@ class Payload:
 
     def __reduce__(self):
         return os.mkdir, (self.marker,)
+
+
+def whole_state():
+    """As large as small: weights, their average, and two moments for each."""
+    draw = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(500, generator=draw) for name in ("a", "b", "c")}
+    moments = {
+        i: {"exp_avg": w + 1, "exp_avg_sq": w + 2, "step": torch.tensor(7.0)} for i, w in enumerate(weights.values())
+    }
+    average = {name: w + 3 for name, w in weights.items()}
+    return {"step": 7, "model": weights, "ema": average, "optimizer": {"state": moments}, "epoch": 1}
+
+
+def test_weights_are_read_without_the_optimizer_and_every_flipped_bit_of_them_is_noticed(tmp_path):
+    path, expected = tmp_path / "last.pt", whole_state()
+    write_checkpoint(expected, path)
+    content, draw = path.read_bytes(), random.Random(0)
+    noticed = passed = 0
+    for at in sorted(draw.sample(range(len(content)), 400)):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << draw.randrange(8)]) + content[at + 1 :])
+        try:
+            found = load_trained(path)
+        except UserError:
+            noticed += 1
+            continue
+        passed += 1
+        assert "optimizer" not in found
+        for name in ("model", "ema"):
+            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
+    assert noticed > 150  # half of the file are weights
+    assert passed > 150  # the other half is not even read
+
+
+def test_what_shares_memory_is_whole_too(tmp_path):
+    """Tied weights, views and empty tensors: torch writes what they share once."""
+    path, shared = tmp_path / "last.pt", torch.randn(10)
+    model = {"a": shared, "tied": shared, "view": shared[2:5], "empty": torch.empty(0), "own": torch.ones(2)}
+    write_checkpoint(state(model=model, ema=None, optimizer={"state": {0: {"exp_avg": torch.zeros(9)}}}), path)
+    torch.testing.assert_close(load_trained(path)["model"], model)
+    torch.testing.assert_close(map_checkpoint(path)["model"], model)
+    assert map_checkpoint(path)["optimizer"]["state"][0]["exp_avg"].sum() == 0
 
 
 def test_what_is_no_checkpoint_is_refused_and_not_run(tmp_path):

@@ -5,6 +5,7 @@ import os
 import random
 import socket
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -62,6 +63,101 @@ def test_the_state_that_is_written_is_the_one_at_the_call(tmp_path, monkeypatch)
     go_on.set()
     store.close()
     assert torch.equal(load_checkpoint(store.last)["model"]["w"], torch.ones(1000))
+
+
+def test_a_best_state_is_written_once_under_two_names(tmp_path):
+    store = CheckpointStore(tmp_path, CheckpointSettings())
+    store.save(state(1), is_best=True)
+    store.wait()
+    assert os.path.samefile(store.last, store.best)
+    store.save(state(2))
+    store.close()
+    assert [step_of(path) for path in (store.last, store.previous, store.best)] == [2, 1, 1]
+    assert os.path.samefile(store.previous, store.best)
+
+
+def test_a_kill_before_last_has_its_name_leaves_best_as_the_newest(tmp_path, monkeypatch):
+    store = saved(tmp_path, 1)
+    replaced = Path.replace
+    monkeypatch.setattr(
+        Path, "replace", lambda path, target: None if path.name == "last.tmp" else replaced(path, target)
+    )
+    store.save(state(2), is_best=True)
+    store.wait()
+    path, found = CheckpointStore(tmp_path, CheckpointSettings()).newest()
+    assert (path.name, found["step"]) == ("best.pt", 2)
+
+
+def test_a_file_system_without_links_gets_a_copy(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError))
+    store = CheckpointStore(tmp_path, CheckpointSettings())
+    store.save(state(1), is_best=True)
+    store.save(state(2))
+    store.close()
+    assert [step_of(path) for path in (store.last, store.previous, store.best)] == [2, 1, 1]
+
+
+def test_a_best_state_does_not_wait_for_a_write(tmp_path, monkeypatch):
+    go_on = threading.Event()
+    write = checkpoint_store.write_checkpoint
+    monkeypatch.setattr(checkpoint_store, "write_checkpoint", lambda *a: (go_on.wait(), write(*a)))
+    store = CheckpointStore(tmp_path, CheckpointSettings(every_steps=1))
+    assert store.can_afford()
+    store.save(state(1))
+    assert not store.can_afford()
+    assert not store.is_due(2)
+    for step in (2, 3):  # the second one takes the place of the first
+        store.save(state(step), is_best=True)
+    assert not store.last.exists()
+    go_on.set()
+    store.wait()
+    assert store.is_due(4)
+    store.save(state(4))
+    store.close()
+    assert [step_of(path) for path in (store.last, store.previous, store.best)] == [4, 3, 3]
+
+
+def test_copies_take_the_same_memory_again(tmp_path):
+    store, live = CheckpointStore(tmp_path, CheckpointSettings()), state(1)
+    live["optimizer"] = {"state": {0: {"exp_avg": torch.zeros(8, 4, 2, 2).to(memory_format=torch.channels_last)}}}
+    store.save(live)
+    store.wait()
+    (spare,) = store._spare
+    before = spare.state["model"]["w"].data_ptr()
+    live["model"]["w"].fill_(5.0)
+    store.save(live | {"step": 2})
+    store.close()
+    assert [spare] == store._spare
+    assert spare.state["model"]["w"].data_ptr() == before
+    assert load_checkpoint(store.last)["model"]["w"][0] == 5
+    assert load_checkpoint(store.previous)["model"]["w"][0] == 1
+    moments = load_checkpoint(store.last)["optimizer"]["state"][0]["exp_avg"]
+    assert moments.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_saves_that_cost_too_much_of_the_time_are_left_out(tmp_path, monkeypatch):
+    """Of epochs of two seconds whose copies take half a second."""
+    now = 1000.0
+    monkeypatch.setattr(checkpoint_store.time, "monotonic", lambda: now)
+    store = CheckpointStore(tmp_path, CheckpointSettings())
+    to_cpu = checkpoint_store._to_cpu
+
+    def slow(*arguments):
+        nonlocal now
+        now += 0.5 if arguments[0] is live else 0.0
+        return to_cpu(*arguments)
+
+    monkeypatch.setattr(checkpoint_store, "_to_cpu", slow)
+    spent, epochs = 0.0, 100
+    for epoch in range(epochs):
+        now += 2
+        if store.can_afford():
+            live, before = state(epoch), now
+            store.save(live)
+            store.wait()
+            spent += now - before
+    assert 0 < spent < 0.03 * (2 * epochs)  # 2 %, and the first, whose cost nobody knew
+    assert store.newest()[1]["step"] > 50
 
 
 def test_a_damaged_file_is_passed_over_aloud_and_never_replaces_a_good_one(tmp_path, caplog):
@@ -162,7 +258,7 @@ def test_whatever_happens_the_newest_whole_file_is_found(tmp_path):
             assert not list(tmp_path.glob("*.tmp"))
         elif event == "killed in a write":
             (tmp_path / "last.tmp").write_bytes(b"half of a checkpoint")
-        elif len(whole) > 1:
+        elif len({path.stat().st_ino for path in whole}) > 1:  # what is best may have two names
             damage(max(whole, key=whole.get))
             expected = max(whole[path] for path in whole if is_whole(path))
             store = CheckpointStore(tmp_path, CheckpointSettings())

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from contextual_cnn.batch_plan import BatchPlan
+from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError
+from contextual_cnn.runs import resume
 from contextual_cnn.runs.checkpoint import write_checkpoint
 from contextual_cnn.runs.checkpoint_store import CheckpointStore
-from contextual_cnn.runs.resume import load_newest
+from contextual_cnn.runs.resume import check_resumed, read_newest
 from contextual_cnn.settings.checkpoint import CheckpointSettings
 from tests.helpers.facts import tells
 
@@ -26,7 +28,8 @@ def plan(**changes):
 
 def resumed(store, config, plan, policy, classes=("a",), listing="abc"):
     record = {"config": config, "classes": list(classes), "images": plan.images, "listing": listing}
-    return load_newest(store, record, plan, policy, ("data.root", "trainer.log_every"))
+    found = read_newest(store, World(0, 1, 0, torch.device("cpu")))
+    return check_resumed(found, record, plan, policy, ("data.root", "trainer.log_every"))
 
 
 @pytest.fixture
@@ -51,6 +54,28 @@ def store(tmp_path):
     )
     store.close()
     return store
+
+
+@pytest.mark.parametrize("said", [-1, 0, 1])
+def test_the_other_processes_of_a_node_take_the_file_that_the_first_has_checked(store, monkeypatch, said):
+    monkeypatch.setattr(resume, "gather_numbers", lambda numbers: [[0], [99], [said], numbers])
+    store.save(torch.load(store.last, weights_only=True) | {"step": 8})
+    store.close()
+    again = CheckpointStore(store.folder, CheckpointSettings())
+    monkeypatch.setattr(again, "newest", None)  # it reads nothing by itself
+    found = read_newest(again, World(rank=3, size=4, local_rank=1, device=torch.device("cpu")))
+    assert (found and found[1]["step"]) == {-1: None, 0: 8, 1: 7}[said]
+
+
+def test_a_node_whose_first_process_finds_nothing_usable_does_not_start_from_zero(store, monkeypatch):
+    store.last.write_bytes(b"")
+    told = []
+    monkeypatch.setattr(resume, "gather_numbers", lambda numbers: told.append(numbers) or [numbers, numbers])
+    with pytest.raises(UserError, match=r"last\.pt"):
+        read_newest(store, World(0, 2, 0, torch.device("cpu")))
+    monkeypatch.setattr(resume, "gather_numbers", lambda numbers: [told[0], numbers])
+    with pytest.raises(UserError, match="none of the checkpoints"):
+        read_newest(store, World(1, 2, 1, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("entry", ["config", "classes", "best", "ema", "optimizer", "ended_step", "images", "batches"])

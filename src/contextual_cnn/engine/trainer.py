@@ -22,6 +22,7 @@ from contextual_cnn.guards.stopping import StopRequest
 from contextual_cnn.guards.watchdog import Watchdog
 from contextual_cnn.runs.checkpoint_store import CheckpointStore
 from contextual_cnn.runs.loggers import MetricsLogger
+from contextual_cnn.runs.resume import read_newest
 from contextual_cnn.settings.trainer import TrainerSettings
 from contextual_cnn.task import Evaluation, Task
 
@@ -157,7 +158,7 @@ class Trainer:
         """
         self.store.wait()
         barrier()  # nobody reads before rank 0 has written
-        newest = self.store.newest()
+        newest = read_newest(self.store, self.world)
         if newest is None:
             return False
         path, state = newest
@@ -188,10 +189,10 @@ class Trainer:
                 return False
             logger.log(self.step, metrics)
         self._ended_step = self.step
-        self._memory.look(resident_gib())
         is_turn = self.epoch % self.store.settings.every_epochs == 0 and self._skipped.is_sound(self.step)
-        if self.world.is_main and (is_last or is_best or is_turn):
+        if self.world.is_main and (is_last or is_best or (is_turn and self.store.can_afford())):
             self.store.save(self._state(), is_best=is_best)
+        self._memory.look(resident_gib())  # after the first save, whose copy stays
         self.meter.restart_clock()
         return True
 

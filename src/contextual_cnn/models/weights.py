@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from contextual_cnn.contracts import TimmModel
 from contextual_cnn.errors import UserError
 from contextual_cnn.models.contextual_model import ContextualModel
-from contextual_cnn.runs.checkpoint import is_checkpoint, load_checkpoint
+from contextual_cnn.runs.checkpoint import is_checkpoint, load_trained
 from contextual_cnn.runs.checkpoint_entries import choose_weights, require_entries
 from contextual_cnn.runs.checkpoint_files import find_checkpoint
 
@@ -67,7 +67,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_trained(path)
     require_entries(checkpoint, path, "best", "ema")
     name, state = choose_weights(checkpoint)
     log.info("weights: the %s weights of %s, of step %d", name, path, checkpoint["step"])

@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import stat
 import zipfile
 from collections.abc import Iterator
@@ -59,11 +60,14 @@ class Manifest:
         return manifest if line == manifest.line() and size == manifest.bytes + len(line) else None
 
 
-def write_checkpoint(state: dict[str, Any], path: Path, previous: Path | None = None) -> None:
+def write_checkpoint(
+    state: dict[str, Any], path: Path, previous: Path | None = None, second: Path | None = None
+) -> None:
     """Writes beside the old file, then puts the new one in its place: a kill at any moment leaves a whole file.
 
     Args:
         previous: where the file that is replaced is kept, if it is.
+        second: another name that the new file gets, before it gets the first.
 
     Raises:
         OSError, RuntimeError: it could not be written; what was there is untouched.
@@ -77,10 +81,12 @@ def write_checkpoint(state: dict[str, Any], path: Path, previous: Path | None = 
             file.flush()
             os.fsync(file.fileno())
         torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)  # what cannot be read is not kept
+        if second is not None:
+            _name_again(temporary, second)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    kept = _second_name(path, previous) if previous is not None and path.exists() else None
+    kept = _kept_name(path, previous) if previous is not None and path.exists() else None
     temporary.replace(path)
     if kept is not None and previous is not None:
         kept.replace(previous)
@@ -104,6 +110,37 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         state = _read(file, path)
     check_entries(state, path, size)
     return state
+
+
+def map_checkpoint(path: Path) -> dict[str, Any]:
+    """As `load_checkpoint`, of a file that another process of this machine has just read and checked.
+
+    Its tensors are those pages of the file that the machine holds already, one copy for all processes.
+    """
+    with _reading(path) as file:
+        size = _manifest(file, path).bytes
+        state = _map(file, path)
+    check_entries(state, path, size)
+    return state
+
+
+def load_trained(path: Path) -> dict[str, Any]:
+    """As `load_checkpoint`, without the optimizer's state: half of the file, which is neither read nor checked.
+
+    What is read is checked by the sums that the archive has for each tensor.
+    """
+    with _reading(path) as file:
+        size = _manifest(file, path).bytes
+        try:
+            _check_archive(file, path, size)
+            state = _map(file, path)
+            check_entries(state, path, size)
+        except UserError:
+            _check_integrity(file, path)  # damage comes before any other reason
+            raise
+        if not _weights_are_whole(file, state):
+            raise DamagedCheckpoint(f"{path} is damaged: its weights are not those that were written", OTHER_FILE)
+    return {name: entry for name, entry in state.items() if name != "optimizer"}
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -166,14 +203,19 @@ class _HashingFile:
         self._file.flush()
 
 
-def _check_integrity(file: BinaryIO, path: Path) -> int:
-    """The length of what comes before the manifest, which it fits."""
+def _manifest(file: BinaryIO, path: Path) -> Manifest:
     manifest = Manifest.read(file)
     if manifest is None:
         raise DamagedCheckpoint(
             f"{path} is no complete checkpoint: the manifest at its end is missing or does not fit its length",
             OTHER_FILE,
         )
+    return manifest
+
+
+def _check_integrity(file: BinaryIO, path: Path) -> int:
+    """The length of what comes before the manifest, which it fits."""
+    manifest = _manifest(file, path)
     digest, left = hashlib.sha256(), manifest.bytes
     file.seek(0)
     while left and (block := file.read(min(left, _BLOCK))):
@@ -204,9 +246,41 @@ def _check_archive(file: BinaryIO, path: Path, size: int) -> None:
     file.seek(0)
 
 
-def _read(file: BinaryIO, path: Path) -> Any:
+def _map(file: BinaryIO, path: Path) -> Any:
+    """The file that is open, whatever has its name by now; pages are read when they are used."""
+    return _read(f"/proc/self/fd/{file.fileno()}", path, mmap=True)
+
+
+def _weights_are_whole(file: BinaryIO, state: dict[str, Any]) -> bool:
+    """Whether the pickle and the tensors of "model" and "ema" are as they were written."""
+    tensors = [*state["model"].values(), *(state.get("ema") or {}).values()]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors if tensor.numel()}
+    with zipfile.ZipFile(file) as archive:
+        entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
+        # torch numbers what it pickles, and model and ema are pickled first
+        numbered = [entries.get(f"data/{number}") for number in range(len(tensors))]
+        first = [entry for entry in numbered if entry is not None and entry.file_size][: len(storages)]
+        if sum(entry.file_size for entry in first) != sum(storage.nbytes() for storage in storages.values()):
+            return False
+        others = [entry for name, entry in entries.items() if not name.startswith("data/")]
+        return all(_is_whole(archive, entry) for entry in (*others, *first))
+
+
+def _is_whole(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with archive.open(entry) as content:
+            while content.read(_BLOCK):
+                pass
+    except OSError:
+        raise
+    except Exception:  # BadZipFile, or whatever a changed header leads to
+        return False
+    return True
+
+
+def _read(file: BinaryIO | str, path: Path, mmap: bool = False) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError:
         raise
     except Exception as error:  # whole, but not by this program: UnpicklingError, or anything at all
@@ -223,7 +297,7 @@ def _refused_part(error: Exception) -> str:
     return lines[0].split(". ")[0] if lines else type(error).__name__
 
 
-def _second_name(path: Path, previous: Path) -> Path | None:
+def _kept_name(path: Path, previous: Path) -> Path | None:
     """Has the file kept when `path` is replaced, as what is returned; it becomes `previous` after that.
 
     `path` is there at every moment, as somebody may be about to read it, and a replacement that fails costs neither
@@ -237,6 +311,20 @@ def _second_name(path: Path, previous: Path) -> Path | None:
         path.replace(previous)
         return None
     return link
+
+
+def _name_again(path: Path, name: Path) -> None:
+    """Gives a file a second name, in the place of what had it; a copy where the file system has no hard links."""
+    temporary = name.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+    temporary.replace(name)
+    _sync_folder(name.parent)
 
 
 def _sync_folder(folder: Path) -> None:

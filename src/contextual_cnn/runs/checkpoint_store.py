@@ -5,7 +5,6 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from contextual_cnn.errors import UserError
 from contextual_cnn.launcher import is_main_process
-from contextual_cnn.runs.checkpoint import load_checkpoint, step_of, write_checkpoint
+from contextual_cnn.runs.checkpoint import load_checkpoint, map_checkpoint, step_of, write_checkpoint
 from contextual_cnn.runs.checkpoint_entries import NewerFormat
 from contextual_cnn.settings.checkpoint import CheckpointSettings
 
@@ -22,6 +21,8 @@ log = logging.getLogger(__name__)
 
 FILES = 4  # at most at once: last, previous, best, and the one that is being written
 _RETRY_AFTER = 60  # seconds after a write that failed
+_BUDGET = 0.02  # share of a run's time that its copies for checkpoints may take
+_CHEAP = 0.02  # seconds of a copy that nobody minds
 
 
 class CheckpointStore:
@@ -37,9 +38,12 @@ class CheckpointStore:
         self.last, self.previous, self.best = self._files
         self.folder = folder
         self._last_is_whole = False  # as far as this process knows; only then may it replace previous.pt
-        self._writer: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._writer: threading.Thread | None = None  # None: nothing is being written
+        self._next: _Snapshot | None = None  # a best state, to be written after the one that is being written
+        self._spare: list[_Snapshot] = []  # whose memory is used again
         self._failure: UserError | None = None
-        self._saved_step, self._saved_at = 0, time.monotonic()
+        self._saved_step, self._saved_at, self._copied_in = 0, time.monotonic(), 0.0
 
     def warn_of_little_room(self, state: dict[str, Any]) -> None:
         """Warns in time that the disk will not hold this state as often as the run keeps it."""
@@ -55,31 +59,47 @@ class CheckpointStore:
                 *(needed / 2**20, self.folder, free / 2**20),
             )
 
-    def is_due(self, step: int) -> bool:
-        """Whether a state inside an epoch is worth saving now, or one that could not be written is tried again."""
+    def can_afford(self) -> bool:
+        """Whether a save now holds nobody up: nothing is being written, and its copy is cheap for the time since."""
         seconds = time.monotonic() - self._saved_at
-        return bool(
+        return self._writer is None and (self._copied_in <= _CHEAP or self._copied_in <= _BUDGET * seconds)
+
+    def is_due(self, step: int) -> bool:
+        """Whether a state inside an epoch is worth saving now, or one that could not be written is tried again.
+
+        Where the one before is still being written it stays due.
+        """
+        seconds = time.monotonic() - self._saved_at
+        return self._writer is None and bool(
             (self.settings.every_steps and step - self._saved_step >= self.settings.every_steps)
             or (self.settings.every_minutes and seconds >= 60 * self.settings.every_minutes)
             or (self._failure and seconds >= _RETRY_AFTER)
         )
 
     def save(self, state: dict[str, Any], *, is_best: bool = False) -> None:
-        """Copies the state and returns; a thread writes the copy. Waits for the write before, if it still runs.
+        """Copies the state and returns; a thread writes the copy.
 
-        A write that fails is a warning, and the files that were there are intact.
+        Where the one before is still being written, a best state is kept in memory until its turn comes, and any other
+        waits here: ask `can_afford` or `is_due` first. A write that fails is a warning, and the files that were there
+        are intact.
         """
-        self.wait()
-        snapshot, copied = _snapshot(state)
+        if not is_best:
+            self.wait()
+        started = time.monotonic()
+        snapshot = (self._spare.pop() if self._spare else _Snapshot()).take(state, is_best)
         self._saved_step, self._saved_at = state["step"], time.monotonic()
-        self._writer = threading.Thread(target=self._write, args=(snapshot, copied, is_best), name="checkpoint")
-        self._writer.start()
+        self._copied_in = self._saved_at - started
+        with self._lock:
+            if self._writer is not None:
+                self._next = snapshot
+                return
+            self._writer = threading.Thread(target=self._write_all, args=(snapshot,), name="checkpoint")
+            self._writer.start()
 
     def wait(self) -> None:
         """Until nothing is being written."""
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
+        if (writer := self._writer) is not None:
+            writer.join()
 
     def close(self) -> None:
         """Waits for the last write.
@@ -114,7 +134,7 @@ class CheckpointStore:
                 if is_main_process():
                     log.warning("%s; looking for an older one", error.cause)
             else:
-                self._last_is_whole, self._saved_step = path == self.last, state["step"]
+                self._goes_on_from(path, state)
                 return path, state
         if unusable:
             raise UserError(
@@ -123,14 +143,40 @@ class CheckpointStore:
             )
         return None
 
-    def _write(self, state: dict[str, Any], copied: Callable[[], None], is_best: bool) -> None:
+    def number_of(self, path: Path) -> int:
+        """Of a checkpoint's file, for another process to find it by."""
+        return self._files.index(path)
+
+    def mapped(self, number: int) -> tuple[Path, dict[str, Any]]:
+        """The checkpoint that another process of this machine has found to be the newest, and checked."""
+        path = self._files[number]
+        state = map_checkpoint(path)
+        self._goes_on_from(path, state)
+        return path, state
+
+    def _goes_on_from(self, path: Path, state: dict[str, Any]) -> None:
+        self._last_is_whole, self._saved_step = path == self.last, state["step"]
+
+    def _write_all(self, snapshot: "_Snapshot") -> None:
+        """In the writer's thread: this one, and what has come meanwhile."""
+        while True:
+            self._write(snapshot)
+            self._spare.append(snapshot)
+            with self._lock:
+                if self._next is None:
+                    self._writer = None
+                    return
+                snapshot, self._next = self._next, None
+
+    def _write(self, snapshot: "_Snapshot") -> None:
+        state = snapshot.state
         try:
-            copied()
+            snapshot.wait()
             _check_finite(state)
             self._make_way()
-            if is_best:
-                write_checkpoint(state, self.best)
-            write_checkpoint(state, self.last, self.previous if self._last_is_whole else None)
+            # Best first: a kill in between leaves a best.pt that is the newest, and never one that last.pt is ahead of
+            previous = self.previous if self._last_is_whole else None
+            write_checkpoint(state, self.last, previous, self.best if snapshot.is_best else None)
         except Exception as error:  # a disk, a network file system and torch.save fail in many ways
             self._failure = self._explain(error, state["step"])
             log.warning("%s; the run goes on and tries again", self._failure.cause)
@@ -187,26 +233,45 @@ def tensor_bytes(value: Any) -> int:
     return sum(map(tensor_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
-def _snapshot(state: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
-    """A copy in the CPU's memory that no later step changes, and what to call before it is read.
+class _Snapshot:
+    """A copy of a state in the CPU's memory, which no later step changes; pinned where the state is on a GPU.
 
-    Copies from a GPU are queued behind the step that made the state and are not waited for here.
+    Its memory is allocated once and taken again: a thousand pinned tensors take a second.
     """
-    snapshot = _to_cpu(state)
-    if not torch.cuda.is_available():
-        return snapshot, lambda: None
-    event = torch.cuda.Event()
-    event.record()
-    return snapshot, event.synchronize
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {}
+        self.is_best = False
+        self._copied: torch.cuda.Event | None = None
+
+    def take(self, state: dict[str, Any], is_best: bool) -> "_Snapshot":
+        """Copies from a GPU are queued behind the step that made the state and are not waited for here."""
+        self.state, self.is_best = _to_cpu(state, self.state), is_best
+        if any(tensor.is_cuda for tensor in state["model"].values()):
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        return self
+
+    def wait(self) -> None:
+        """Until the copies have been made."""
+        if self._copied is not None:
+            self._copied.synchronize()
 
 
-def _to_cpu(value: Any) -> Any:
+def _to_cpu(value: Any, spare: Any) -> Any:
+    """A copy, as far as it goes in the memory of an earlier one."""
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True, non_blocking=True)
+        is_alike = isinstance(spare, Tensor) and (spare.shape, spare.dtype) == (value.shape, value.dtype)
+        if not is_alike or spare.stride() != value.stride():
+            spare = torch.empty_like(value, device="cpu", requires_grad=False, pin_memory=value.is_cuda)
+        return spare.copy_(value.detach(), non_blocking=True)
     if isinstance(value, dict):
-        return {key: _to_cpu(item) for key, item in value.items()}
+        spares = spare if isinstance(spare, dict) else {}
+        return {key: _to_cpu(item, spares.get(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_to_cpu(item) for item in value)
+        old = [*spare] if isinstance(spare, list | tuple) else []
+        old += [None] * (len(value) - len(old))
+        return type(value)(_to_cpu(item, before) for item, before in zip(value, old, strict=False))
     return value
 
 

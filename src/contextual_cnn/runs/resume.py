@@ -2,9 +2,11 @@
 
 import logging
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from contextual_cnn.batch_plan import BatchPlan
+from contextual_cnn.distributed import World, gather_numbers
 from contextual_cnn.errors import UserError
 from contextual_cnn.runs.checkpoint_entries import require_entries
 from contextual_cnn.runs.checkpoint_store import CheckpointStore
@@ -12,15 +14,48 @@ from contextual_cnn.settings.keys import LATER_KEYS
 
 log = logging.getLogger(__name__)
 
+_NONE, _UNUSABLE = -1, -2  # in the place of a checkpoint's number
+
 _NEEDED = ("config", "classes", "best", "ema", "optimizer", "epoch", "ended_step", "images", "listing", "batches")
 
 
-def load_newest(
-    store: CheckpointStore, record: Mapping[str, Any], plan: BatchPlan, policy: str, free: Collection[str]
+def read_newest(store: CheckpointStore, world: World) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that can be used, and its file; None if there is none. Called by all ranks.
+
+    One process of a node reads and checks it; the others then map the same pages, so that a node reads it once.
+
+    Raises:
+        UserError: there are some, and none can be used.
+    """
+    found, failure, number = None, None, _NONE
+    if world.local_rank == 0:
+        try:
+            if (found := store.newest()) is not None:
+                number = store.number_of(found[0])
+        except UserError as error:
+            failure, number = error, _UNUSABLE
+    numbers = [theirs for (theirs,) in gather_numbers([number])]
+    if failure is not None:
+        raise failure
+    chosen = numbers[world.rank - world.local_rank]
+    if chosen == _UNUSABLE:
+        raise UserError(
+            "none of the checkpoints of this run can be used", "see what the first process of this node says"
+        )
+    return store.mapped(chosen) if world.local_rank and chosen != _NONE else found
+
+
+def check_resumed(
+    found: tuple[Path, dict[str, Any]] | None,
+    record: Mapping[str, Any],
+    plan: BatchPlan,
+    policy: str,
+    free: Collection[str],
 ) -> dict[str, Any] | None:
-    """The state to go on from; None for a run without a checkpoint.
+    """The state to go on from, if it is still the same run; None for a run without a checkpoint.
 
     Args:
+        found: what `read_newest` gave.
         record: what a checkpoint of this run holds of its config and data: "config", "classes", "images", "listing".
         policy: "auto" refuses a checkpoint of another config or data; "anyway" says what differs and goes on.
         free: keys that may change without making another run of it.
@@ -28,10 +63,9 @@ def load_newest(
     Raises:
         UserError: what differs.
     """
-    newest = store.newest()
-    if newest is None:
+    if found is None:
         return None
-    path, state = newest
+    path, state = found
     require_entries(state, path, *_NEEDED)
     differences = _differences(state["config"], record["config"], free)
     if state["listing"] != record["listing"]:
