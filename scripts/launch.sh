@@ -36,6 +36,13 @@ CONTEXTUAL_CNN_STATUS_FILE=$(mktemp) || exit 1
 export CONTEXTUAL_CNN_STATUS_FILE
 trap 'rm -f "$CONTEXTUAL_CNN_STATUS_FILE"' EXIT
 
+# Compiled kernels belong on the node's own disk, and not in a home that all nodes share; only where nobody else writes
+cache=${TMPDIR:-/tmp}/contextual_cnn_$UID
+if mkdir -p -m 700 "$cache" 2>/dev/null && [ -O "$cache" ] && [ ! -L "$cache" ]; then
+    export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton}
+    export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
+fi
+
 set -m # in a process group of its own, torchrun gets a terminal's Ctrl-C from nobody but us
 "${PYTHON:-python}" -m torch.distributed.run \
     --max-restarts "${MAX_RESTARTS:-3}" \

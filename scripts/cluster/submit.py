@@ -87,6 +87,8 @@ def main() -> None:
             gpus_per_node=arguments.gpus_per_node,
             cpus_per_task=arguments.cpus_per_node,
             slurm_signal_delay_s=120,
+            # srun has not taken the job's cores over since SLURM 22.05: all processes would share one core
+            slurm_srun_args=["--cpus-per-task", str(arguments.cpus_per_node), "--cpu-bind=none"],
             slurm_additional_parameters={"requeue": True, "exclusive": True},
             **{f"slurm_{key}": value for key in ("partition", "account") if (value := getattr(arguments, key))},
         )

@@ -1,10 +1,12 @@
 """The device of a process: chosen, refused where it cannot do the work, set up alike for training and evaluation."""
 
+import os
 from pathlib import Path
 
 import torch
 
 from contextual_cnn.errors import UserError
+from contextual_cnn.launcher import cores
 
 _DRIVER = Path("/dev/nvidiactl")  # there as soon as NVIDIA's driver is loaded, whatever its version
 
@@ -55,6 +57,20 @@ def has_bf16(device: torch.device) -> bool:
     """Whether bfloat16 is computed by the hardware; some GPUs emulate it, more slowly than float32."""
     # A CPU that emulates it is asked for it on purpose; GPUs have it since Ampere
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes of a GPU that are taken: by torch and its cache, and by what torch does not count (DALI, NCCL, CUDA)."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
+
+
+def share_compilers() -> None:
+    """Inductor starts as many compilers as the machine has cores; the processes of a node share these.
+
+    Before torch.compile is called.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(cores()))
 
 
 def set_up_arithmetic() -> None:

@@ -82,6 +82,8 @@ def _check_place(rank: int, size: int) -> None:
 def _join(device: torch.device, timeout_minutes: float) -> dist.Store:
     """The store that the processes share, once all of them are there."""
     timeout = timedelta(minutes=timeout_minutes)
+    # NCCL ends the process when its time is up: a minute after the watchdog has shown where it hangs
+    patience = timeout + timedelta(minutes=1) if device.type == "cuda" else timeout
     try:
         store = _meet(timeout)
         # device_id makes NCCL connect now rather than in the middle of the first step
@@ -90,10 +92,15 @@ def _join(device: torch.device, timeout_minutes: float) -> dist.Store:
             store=store,
             rank=launched("RANK", 0),
             world_size=world_size(),
-            timeout=timeout,
+            timeout=patience,
             device_id=device if device.type == "cuda" else None,
         )
     except (dist.DistError, ValueError, TimeoutError) as error:
+        if "NCCL" in str(error):
+            raise LostProcess(
+                f"rank {os.environ.get('RANK')}: NCCL could not start ({str(error).splitlines()[0]:.150}); "
+                "export NCCL_DEBUG=INFO says why; see to /dev/shm, and to the driver with nvidia-smi"
+            ) from error
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise LostProcess(
             f"rank {os.environ.get('RANK')}: {world_size()} processes were to meet at {place} within "
@@ -133,7 +140,8 @@ def _check_restarts() -> None:
     if restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise UserError(
             f"torchrun --max-restarts {restarts} does not bring a run back with its default store in this torch",
-            "use scripts/launch.sh, or export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun",
+            "use scripts/launch.sh with --rdzv-backend c10d --rdzv-endpoint HOST:PORT instead of --master-addr and "
+            "--master-port, or export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun",
         )
 
 

@@ -17,6 +17,11 @@ def world_size() -> int:
     return launched("WORLD_SIZE", 1)
 
 
+def cores() -> int:
+    """CPU cores that this process may use, its share of those that its node's processes have; at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) // launched("LOCAL_WORLD_SIZE", 1))
+
+
 def launched(name: str, least: int) -> int:
     """A number that the launcher has set; without a launcher the least there can be.
 

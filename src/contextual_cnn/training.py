@@ -11,12 +11,13 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from contextual_cnn.batch_plan import BatchPlan
-from contextual_cnn.device import set_up_arithmetic
+from contextual_cnn.device import set_up_arithmetic, share_compilers
 from contextual_cnn.distributed import barrier, process_group
 from contextual_cnn.engine.dry_run import learning_rates, print_forecast, rehearse
 from contextual_cnn.engine.trainer import Trainer
 from contextual_cnn.engine.training_step import TrainingStep
 from contextual_cnn.guards.stopping import StopRequest
+from contextual_cnn.launcher import cores
 from contextual_cnn.models.contextual_conv import operators
 from contextual_cnn.optim import build_optimizer, build_schedule
 from contextual_cnn.randomness import Purpose, seed_all
@@ -31,6 +32,8 @@ from contextual_cnn.settings.run import RunSettings
 from contextual_cnn.task import Position, Task
 
 log = logging.getLogger(__name__)
+
+_FEWEST_CORES = 4  # that decode images as fast as a GPU trains on them, if barely
 
 
 def train(settings: RunSettings, task: Task, plan: BatchPlan, request: StopRequest, config: dict[str, Any]) -> bool:
@@ -80,6 +83,7 @@ def _keys(mark: str, settings: RunSettings, task: Task) -> tuple[str, ...]:
 def _build(settings: RunSettings, task: Task, position: Position) -> tuple[nn.Module, torch.optim.Optimizer, Scheduler]:
     """What is trained, and by what, before the first step; the same on all ranks."""
     set_up_arithmetic()
+    share_compilers()
     seed_all(Purpose.INITIAL_WEIGHTS, settings.seed)
     model = task.build_model().to(position.world.device)
     if settings.trainer.channels_last:
@@ -98,6 +102,8 @@ def _logger(settings: RunSettings, trainer: Trainer, run: RunFolder) -> Iterator
         run.prepare(config)
         logger = open_loggers(run.path, settings.logger, config, settings.run_name, trainer.step)
     log.info("run folder %s, device %s", run.path, trainer.world.device)
+    if trainer.world.device.type == "cuda" and cores() < _FEWEST_CORES:
+        log.warning("a process has %d CPU cores: they will not feed a GPU (on SLURM: --cpus-per-task)", cores())
     log.info("%s", trainer.plan)
     log.info("%s", trainer.task.describe(trainer.train_step.module))
     if remark := trainer.train_step.remark_on_norms():

@@ -8,8 +8,11 @@ import torch
 
 import train
 from contextual_cnn import exits
+from contextual_cnn.batch_plan import BatchPlan
+from contextual_cnn.distributed import World
 from contextual_cnn.engine.training_step import TrainingStep
-from contextual_cnn.guards.memory import GrowthWatch
+from contextual_cnn.errors import UserError
+from contextual_cnn.guards.memory import GrowthWatch, explained_shortage
 from tests.conftest import run_python, small_run
 from tests.helpers.facts import tells
 
@@ -28,6 +31,29 @@ def test_a_gpu_that_is_too_small_is_told_a_batch_that_keeps_the_recipe(image_roo
     printed = capsys.readouterr().err
     assert tells(printed, "8", "images", "step", "1")
     assert tells(printed, "trainer.micro_batch_size=4", "16", "4")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("Critical error in pipeline: CUDA allocation failed: CUDA_ERROR_OUT_OF_MEMORY (2): out of memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("std::bad_alloc"),
+    ],
+    ids=["torch", "DALI", "cuDNN", "the host"],
+)
+def test_whoever_runs_out_of_memory_gets_the_same_advice(error):
+    plan = BatchPlan.make(images=100, global_batch=16, micro_batch=8, world_size=1)
+    with pytest.raises(UserError) as refused, explained_shortage(World(0, 1, 0, torch.device("cuda:0")), plan, 0):
+        raise error
+    assert "trainer.micro_batch_size=4" in refused.value.fix
+
+
+def test_another_error_stays_what_it_is():
+    plan = BatchPlan.make(images=100, global_batch=16, micro_batch=8, world_size=1)
+    with pytest.raises(RuntimeError, match="illegal"), explained_shortage(World(0, 1, 0, torch.device("cpu")), plan, 0):
+        raise RuntimeError("an illegal memory access was encountered")
 
 
 def test_growth_is_said_once_for_each_quarter(caplog):

@@ -8,7 +8,7 @@ import pytest
 
 from contextual_cnn.errors import UserError
 from contextual_cnn.runs import run_folder
-from contextual_cnn.runs.run_folder import RunFolder
+from contextual_cnn.runs.run_folder import RunFolder, start_logging
 
 
 def test_a_folder_in_which_nothing_was_written_is_removed(tmp_path):
@@ -99,3 +99,15 @@ def _log_as_it_was():
     before = list(program.handlers)
     yield
     program.handlers = before
+
+
+@pytest.mark.parametrize(("is_main", "expected"), [(True, 3), (False, 1)])
+def test_what_all_ranks_would_say_is_said_by_one(capsys, is_main, expected):
+    try:
+        start_logging(is_main)
+        for module in ("runs.resume", "engine.trainer", "data.bad_images"):
+            logging.getLogger(f"contextual_cnn.{module}").warning("something")
+        assert capsys.readouterr().out.count("something") == expected
+    finally:
+        logging.getLogger("contextual_cnn").handlers.clear()
+        logging.getLogger("contextual_cnn").propagate = True

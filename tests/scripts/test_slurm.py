@@ -21,10 +21,13 @@ pytestmark = pytest.mark.run
 
 SCRIPTS = ["scripts/cluster/train.sbatch", "scripts/launch.sh"]
 
-# One node called localhost; srun runs the command here, and passes signals on as SLURM's does
+# One node called localhost; srun runs the command here, and passes signals on as SLURM's does. Since 22.05 it gives a
+# task one core, unless it is told otherwise itself
 STAND_INS = {
     "scontrol": 'case "$1" in show) echo localhost; echo node2;; requeue) echo "$2" >"$REQUEUED";; esac\n',
-    "srun": 'shift\n"$@" & task=$!\ntrap "kill -USR1 $task" USR1\nwait $task; status=$?\n'
+    "srun": "pin='taskset -c 0'\n"
+    "while [[ $1 == --* ]]; do if [[ $1 == --cpus-per-task=?* ]]; then pin=''; fi; shift; done\n"
+    '$pin "$@" & task=$!\ntrap "kill -USR1 $task" USR1\nwait $task; status=$?\n'
     "while kill -0 $task 2>/dev/null; do wait $task; status=$?; done\nexit $status\n",
 }
 
@@ -57,6 +60,7 @@ def environment(tmp_path):
         "PYTHONUNBUFFERED": "1",
         "PROCESSES_PER_NODE": "1",
         "REQUEUED": str(tmp_path / "requeued"),
+        "SLURM_CPUS_PER_TASK": "64",
         "SLURM_JOB_ID": free_job(),
         "SLURM_NNODES": "1",
         "SLURM_JOB_NODELIST": "localhost",
@@ -113,3 +117,16 @@ def test_a_mistake_is_not_requeued(environment, tmp_path):
     job = start(environment, tmp_path, "optimizer.lrr=1")
     assert job.wait(200) == 2, (tmp_path / "output").read_text()
     assert not (tmp_path / "requeued").exists()
+
+
+def test_the_processes_of_a_node_have_its_cores(environment, tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\nenv -u OMP_NUM_THREADS nproc >"$CORES"\n')
+    python.chmod(0o755)
+    cores = tmp_path / "cores"
+    done = subprocess.run(
+        ["bash", "scripts/cluster/train.sbatch"],
+        cwd=ROOT, env=environment | {"PYTHON": str(python), "CORES": str(cores)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert int(cores.read_text()) == len(os.sched_getaffinity(0))

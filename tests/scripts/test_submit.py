@@ -82,4 +82,5 @@ def test_what_slurm_is_told(tmp_path):
     for line in ("nodes=2", "ntasks-per-node=1", "gpus-per-node=8", "partition=gpu", "time=30", "signal=USR1@120"):
         assert f"#SBATCH --{line}\n" in told, told
     assert "#SBATCH --requeue" in told
+    assert "--cpus-per-task 64 --cpu-bind=none" in next(line for line in told.splitlines() if line.startswith("srun"))
     assert "#SBATCH --exclusive" in told

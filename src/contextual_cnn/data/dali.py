@@ -6,6 +6,7 @@ Evaluation gives the crop that timm's transform gives (resize in integers, centr
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -85,6 +86,8 @@ class EvaluationBatches:
         self._batches_per_pass = len(shares)
         if shares:  # there may be more ranks than images
             self._batches = _EvaluationFeed(images, shares, bad, settings, world.device).batches(world.device)
+        if shares and world.device.type == "cuda":  # now, and not when the training has taken all of its memory
+            self._batches = chain([next(self._batches)], self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
         """One pass. It must be read to its end, or the next one starts in the middle."""

@@ -2,7 +2,6 @@
 
 import importlib
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from contextual_cnn.data.sampler import ShardWindows, TrainSampler
 from contextual_cnn.data.sources import ImageSource, Layout, find_layout, open_source, read_exclude_list
 from contextual_cnn.data.sources.folder_listing import describe_not_read
 from contextual_cnn.errors import UserError
+from contextual_cnn.launcher import cores
 from contextual_cnn.settings.augment import AugmentSettings
 from contextual_cnn.settings.data import DataSettings
 from contextual_cnn.text import printable
@@ -129,6 +129,4 @@ class ImageData:
 
     def _settings_in_use(self) -> DataSettings:
         """With the number of threads."""
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        share = max(1, min(8, len(os.sched_getaffinity(0)) // local_processes))
-        return replace(self.settings, threads=self.settings.threads or share)
+        return replace(self.settings, threads=self.settings.threads or min(8, cores()))

@@ -17,7 +17,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from contextual_cnn.device import memory_in_use
 from contextual_cnn.distributed import gather_numbers
+from contextual_cnn.engine.precision import autocast, under
 from contextual_cnn.engine.trainer import Trainer
 from contextual_cnn.errors import UserError
 from contextual_cnn.runs.checkpoint_store import FILES, tensor_bytes
@@ -32,8 +34,8 @@ class Forecast:
     """What was found and measured. Bytes, seconds, images; speeds are of all processes together.
 
     steps: of the whole run. first_step: where it would begin; above 0 it resumes.
-    data_wait: percentage of the time. peak_memory: of the process that needs most (GPU: allocated by torch; CPU:
-        resident). memory: what its device has.
+    data_wait: percentage of the time. peak_memory: of the process that needs most (GPU: all that is taken of
+        the card; CPU: resident). memory: what its device has.
     """
 
     model: str
@@ -140,13 +142,25 @@ def _measure(trainer: Trainer, steps: int) -> dict[str, float]:
     for step in range(trainer.step + 1, trainer.step + 1 + steps):
         trainer.train_step(step, batches)
     metrics, _ = trainer.meter.read()
+    _evaluate_a_batch(trainer)
     return metrics
+
+
+@torch.inference_mode()
+def _evaluate_a_batch(trainer: Trainer) -> None:
+    """What an evaluation needs beside the training's memory is allocated too."""
+    evaluation = trainer.task.evaluation(trainer.world)
+    model = trainer.train_step.module.eval()
+    call = under(autocast(trainer.settings.precision, trainer.world.device), model)
+    for batch in evaluation.batches:
+        evaluation.measure(model).add(call, batch)
+        break
 
 
 def _memory(device: torch.device) -> tuple[int, int]:
     """Most bytes that this process has used so far, and what there are."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+        return memory_in_use(device), torch.cuda.get_device_properties(device).total_memory
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return peak, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

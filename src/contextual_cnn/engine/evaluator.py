@@ -2,15 +2,13 @@
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
 
 from contextual_cnn.distributed import World
-from contextual_cnn.engine.precision import under
 from contextual_cnn.engine.sums import Sums
-from contextual_cnn.task import Evaluation
+from contextual_cnn.task import Call, Evaluation
 
 
 class EvaluationStopped(Exception):
@@ -20,15 +18,16 @@ class EvaluationStopped(Exception):
 @torch.inference_mode()
 def evaluate(
     models: Mapping[str, nn.Module],
+    calls: Mapping[str, Call],
     evaluation: Evaluation,
     world: World,
-    autocast: AbstractContextManager,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, dict[str, float]]:
     """Several sets of weights (raw, EMA) over one pass of the data.
 
     Args:
         models: by name, without DDP around them; left in the mode they came in.
+        calls: the same, as they are called.
         should_stop: looked at after each batch.
 
     Returns:
@@ -40,7 +39,6 @@ def evaluate(
     """
     modes = {name: model.training for name, model in models.items()}
     measures = {name: evaluation.measure(model) for name, model in models.items()}
-    calls = {name: under(autocast, model) for name, model in models.items()}
     stopped = Sums(world.device, ["ranks"])
     started = time.perf_counter()
     for model in models.values():

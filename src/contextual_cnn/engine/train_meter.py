@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from contextual_cnn.device import memory_in_use
 from contextual_cnn.distributed import World
 from contextual_cnn.engine.sums import Sums
 from contextual_cnn.guards.memory import resident_gib
@@ -74,5 +75,5 @@ class TrainMeter:
         for name, value in sums.items():
             metrics[name] = value / images * (100 if name in self._percentages else 1)
         if self._world.device.type == "cuda":
-            metrics["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            metrics["memory_gib"] = memory_in_use(self._world.device) / 2**30
         return metrics, skipped_in_a_row

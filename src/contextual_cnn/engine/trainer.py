@@ -12,10 +12,9 @@ from rich.console import Console
 
 from contextual_cnn.distributed import AnyRank, barrier
 from contextual_cnn.engine.evaluator import EvaluationStopped, evaluate
-from contextual_cnn.engine.precision import autocast
 from contextual_cnn.engine.progress import ProgressDisplay, describe_speed
 from contextual_cnn.engine.training_step import TrainingStep
-from contextual_cnn.guards.memory import GrowthWatch, resident_gib
+from contextual_cnn.guards.memory import GrowthWatch, explained_shortage, resident_gib
 from contextual_cnn.guards.skipped_steps import SkippedSteps
 from contextual_cnn.guards.stalls import StallWatch
 from contextual_cnn.guards.stopping import StopRequest
@@ -73,7 +72,8 @@ class Trainer:
         """
         with self._watched():
             batches = self.task.batches(self.position.at(self.step))
-            evaluation = self.task.evaluation(self.world)
+            with explained_shortage(self.world, self.plan, self.step):
+                evaluation = self.task.evaluation(self.world)
             first_step, any_rank = self.step, AnyRank()
             stopping = False
             self.train_step.module.train()
@@ -197,18 +197,16 @@ class Trainer:
         return True
 
     def _evaluate(self, evaluation: Evaluation, request: StopRequest) -> tuple[dict[str, float], bool]:
-        models = {"raw": self.train_step.module}
         self._enter("evaluation")
-        if self.train_step.ema is not None:
-            models["ema"] = self.train_step.ema.module
         self.train_step.agree_on_buffers()
-        precision = autocast(self.settings.precision, self.world.device)
+        models, calls = self.train_step.evaluated(), self.train_step.evaluated_calls()
 
         def should_stop() -> bool:
             self._enter("evaluation")
             return request.reason is not None
 
-        reports = evaluate(models, evaluation, self.world, precision, should_stop)
+        with explained_shortage(self.world, self.plan, self.step):
+            reports = evaluate(models, calls, evaluation, self.world, should_stop)
         is_best = self._compare(reports)
         for remark in self.task.remarks(self.train_step.module, reports["raw"]):
             log.warning("%s", remark)

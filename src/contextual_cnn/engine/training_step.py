@@ -69,6 +69,7 @@ class TrainingStep:
         self.norms = BatchNorms(model, position.plan, self._norm_plan())
         managed = set(map(id, self.norms.managed))
         self._buffers = [buffer for buffer in model.buffers() if id(buffer) not in managed]
+        self._compiled: dict[str, Any] = {}  # for evaluations, which compile when the first one comes
         self._model = torch.compile(model) if settings.compile else model
         if world.size > 1:
             self._model = DistributedDataParallel(
@@ -116,12 +117,23 @@ class TrainingStep:
         """Of the step that was made last."""
         return max(group["lr"] for group in self.optimizer.param_groups)
 
+    def evaluated(self) -> dict[str, nn.Module]:
+        """The models that an evaluation is of, by the names of their weights."""
+        return {"raw": self.module} | ({"ema": self.ema.module} if self.ema is not None else {})
+
+    def evaluated_calls(self) -> dict[str, Call]:
+        """The same as they are called, compiled where the training is."""
+        if self._settings.compile and not self._compiled:
+            self._compiled = {name: torch.compile(model) for name, model in self.evaluated().items()}
+        context = autocast(self._settings.precision, self.position.world.device)
+        return {name: under(context, self._compiled.get(name, model)) for name, model in self.evaluated().items()}
+
     def agree_on_buffers(self) -> None:
         """Those of rank 0 count, of what running statistics a model has beside those of its batch norms; called by all
         ranks before an evaluation, so that a run that goes on from a checkpoint ends with the same bits.
         """
         if self._buffers and self.position.world.size > 1:
-            for model in (self.module, *([self.ema.module] if self.ema is not None else [])):
+            for model in self.evaluated().values():
                 distribute_bn(model, self.position.world.size, reduce=False)
 
     def state(self) -> dict[str, Any]:

@@ -13,11 +13,13 @@ from contextual_cnn.errors import UserError
 log = logging.getLogger(__name__)
 
 _GROWTH = 1.25
+# What others than torch say when they find no memory on a GPU: DALI, the CUDA runtime and driver, cuDNN, cuBLAS
+_SHORTAGES = ("CUDA_ERROR_OUT_OF_MEMORY", "cudaErrorMemoryAllocation", "out of memory", "_ALLOC_FAILED", "bad_alloc")
 
 
 @contextmanager
 def explained_shortage(world: World, plan: BatchPlan, step: int) -> Iterator[None]:
-    """Tells what to do where a GPU's memory does not suffice for the step after `step`.
+    """Tells what to do where a GPU's memory does not suffice for the step after `step`, whoever ran out of it.
 
     Halved micro-batches, accumulated twice as often, leave the global batch as it is.
 
@@ -26,8 +28,10 @@ def explained_shortage(world: World, plan: BatchPlan, step: int) -> Iterator[Non
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise _shortage(world, plan, step) from error
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _SHORTAGES):
+            raise _shortage(world, plan, step) from error
+        raise
 
 
 def _shortage(world: World, plan: BatchPlan, step: int) -> UserError:
@@ -48,7 +52,7 @@ def resident_gib() -> float:
 class GrowthWatch:
     """Warns when the process's memory has grown by a quarter since the first look, and again with every further one.
 
-    The first look belongs after everything has been allocated, such as at the end of the first epoch.
+    The first look belongs after everything has been allocated, such as after the first checkpoint.
     """
 
     def __init__(self) -> None:

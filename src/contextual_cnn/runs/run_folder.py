@@ -25,6 +25,9 @@ from contextual_cnn.runs.own_files import open_own, replaced
 
 log = logging.getLogger(__name__)
 
+# Modules whose warnings are about this process, and not about the run
+_OF_ONE_RANK = ("contextual_cnn.data.bad_images", "contextual_cnn.guards", "contextual_cnn.ops")
+
 
 class RunFolder:
     """The paths of a run. Nothing is created before it is `claimed`."""
@@ -139,7 +142,7 @@ def _try_to_lock(descriptor: int) -> bool:
 
 
 def start_logging(is_main: bool) -> Console:
-    """The program's log to the console on rank 0; warnings and worse only from the others."""
+    """The program's log to the console on rank 0; from the others, warnings of what may be theirs alone."""
     console = Console(soft_wrap=True)
     logging.raiseExceptions = False  # a full disk or a closed terminal costs lines of the log, not the run
     root = logging.getLogger("contextual_cnn")
@@ -152,4 +155,7 @@ def start_logging(is_main: bool) -> Console:
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter("%(message)s"))
         root.addHandler(handler)
+    if not is_main:  # a thousand ranks would say the same thing a thousand times
+        for to_console in root.handlers:
+            to_console.addFilter(lambda record: record.name.startswith(_OF_ONE_RANK))
     return console

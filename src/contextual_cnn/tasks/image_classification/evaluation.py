@@ -13,7 +13,7 @@ from torch import nn
 from contextual_cnn.data.image_data import ImageData
 from contextual_cnn.distributed import World
 from contextual_cnn.engine.evaluator import evaluate
-from contextual_cnn.engine.precision import autocast
+from contextual_cnn.engine.precision import autocast, under
 from contextual_cnn.settings.evaluation import EvaluationSettings
 from contextual_cnn.tasks.image_classification.class_report import report_classes, write_class_report
 from contextual_cnn.tasks.image_classification.measure import ClassificationEvaluation
@@ -80,7 +80,7 @@ def _evaluate(
     table = PredictionTable(len(data.sources["val"]), int(present.sum()), world)
     among = None if present.all() else present.to(world.device)
     evaluation = ClassificationEvaluation(data, world, among, table.add)
-    report = evaluate({"model": model}, evaluation, world, autocast)["model"]
+    report = evaluate({"model": model}, {"model": under(autocast, model)}, evaluation, world)["model"]
     return report | {"classes": int(present.sum())}, table.gather()
 
 
