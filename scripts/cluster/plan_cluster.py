@@ -47,6 +47,8 @@ def main() -> None:
         intra_node=1e9 * arguments.intra,
         inter_node=1e9 * arguments.inter,
         overlap=arguments.overlap,
+        floor=1e-3 * arguments.floor_ms,
+        copy=1e9 * arguments.copy,
         price=arguments.price,
     )
     rows = [estimate(gpus, training, cluster) for gpus in arguments.gpus or possible_counts(arguments.global_batch)]
@@ -80,6 +82,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--intra", type=float, default=200, help="GB/s of an all-reduce in a node, busbw (200)")
     parser.add_argument("--inter", type=float, default=20, help="GB/s of an all-reduce between nodes, busbw (20)")
     parser.add_argument("--overlap", type=float, default=0.5, help="share of the all-reduce that is hidden (0.5)")
+    parser.add_argument("--floor-ms", type=float, default=12, help="of a micro-batch, however small it is (12)")
+    parser.add_argument("--copy", type=float, default=10, help="GB/s from a GPU to its host (10)")
     parser.add_argument("--price", type=float, default=2.0, help="of a GPU for an hour (2.0)")
     parser.add_argument("--gpus", type=int, nargs="+", metavar="N", help="default: 1 2 4 .. 1024, as the batch allows")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
@@ -113,7 +117,17 @@ def table(rows: list[Estimate], model: str, training: Training, cluster: Cluster
         title=f"{model}: {training.epochs} epochs of {training.images} images, {training.global_batch} a step, "
         f"{training.gradient_bytes / 1e6:.0f} MB of gradients, {cluster.images_per_second:g} images/s on one GPU"
     )
-    for column in ("GPUs", "nodes", "images\neach", "step\nms", "reduce\nms", "effi-\nciency", "days", "cost"):
+    for column in (
+        "GPUs",
+        "nodes",
+        "images\neach",
+        "in a\nnorm",
+        "step\nms",
+        "reduce\nms",
+        "effi-\nciency",
+        "days",
+        "cost",
+    ):
         result.add_column(column, justify="right")
     result.add_column("storage\nGB/s", justify="right")
     for row in rows:
@@ -121,6 +135,7 @@ def table(rows: list[Estimate], model: str, training: Training, cluster: Cluster
             f"{row.gpus}",
             f"{row.nodes}",
             f"{row.images_per_gpu}",
+            f"{row.norm_images}",
             f"{1e3 * row.step:.1f}",
             f"{1e3 * row.all_reduce:.1f}",
             f"{100 * row.efficiency:.1f} %",

@@ -20,7 +20,9 @@ from contextual_cnn.errors import UserError
 TRAINING = Training(
     images=10_050, epochs=10, global_batch=1000, micro_batch=50, bytes_per_image=1e5, gradient_bytes=100_000_000
 )
-CLUSTER = Cluster(images_per_second=500, gpus_per_node=4, intra_node=1e9, inter_node=5e8, overlap=0.5, price=3)
+CLUSTER = Cluster(
+    images_per_second=500, gpus_per_node=4, intra_node=1e9, inter_node=5e8, overlap=0.5, floor=0, copy=math.inf, price=3
+)
 
 
 def test_one_gpu_has_nobody_to_wait_for():
@@ -64,6 +66,30 @@ def test_infinitely_fast_links_scale_perfectly(gpus):
     assert row.efficiency == 1
     assert row.step == pytest.approx(alone.step / gpus)
     assert row.cost == pytest.approx(alone.cost)
+
+
+def test_a_micro_batch_takes_no_less_than_its_launches():
+    """1,000 GPUs: an image each is 2 ms of arithmetic, and 12 ms of launches."""
+    row = estimate(1000, TRAINING, replace(CLUSTER, floor=0.012, intra_node=math.inf, inter_node=math.inf))
+    assert row.step == pytest.approx(0.012)
+    assert row.efficiency == pytest.approx(2 / 12)
+    accumulated = estimate(1, replace(TRAINING, micro_batch=5), replace(CLUSTER, floor=0.012))
+    assert accumulated.step == pytest.approx(200 * 0.012)  # instead of 2 s
+
+
+def test_checkpoints_take_their_copy_and_at_most_two_percent():
+    """Weights, average and two moments: 0.4 GB at 10 GB/s is 40 ms in an epoch of 10 steps."""
+    row = estimate(1, TRAINING, replace(CLUSTER, copy=1e10))
+    assert row.checkpoint == pytest.approx(0.004)
+    assert row.step == pytest.approx(2.004)
+    hurried = estimate(1000, TRAINING, replace(CLUSTER, copy=1e10, intra_node=math.inf, inter_node=math.inf))
+    assert hurried.checkpoint == pytest.approx(0.02 * 0.002)
+
+
+@pytest.mark.parametrize(("gpus", "images"), [(1, 128), (32, 128), (64, 128), (1024, 128)])
+def test_a_norm_sees_the_recipes_images(gpus, images):
+    training = replace(TRAINING, images=1_281_167, global_batch=4096, micro_batch=128)
+    assert estimate(gpus, training, CLUSTER).norm_images == images
 
 
 def test_nothing_hides_without_overlap_and_a_ring_never_takes_more_than_two_passes():

@@ -29,7 +29,7 @@ def test_the_speed_comes_from_an_argument_a_dry_run_or_a_run(tmp_path):
         plans.append(json.loads(done.stdout))
     assert plans[0] == plans[1] == plans[2]
     one, eight = plans[0]["rows"]
-    assert one["step"] == pytest.approx(4096 / 1200)
+    assert one["step"] == pytest.approx(4096 / 1200, rel=1e-4)  # and a checkpoint an epoch
     assert eight["all_reduce"] == pytest.approx(2 * 7 / 8 * plans[0]["training"]["gradient_bytes"] / 200e9)
 
 

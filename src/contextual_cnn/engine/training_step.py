@@ -9,6 +9,7 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import distribute_bn
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from contextual_cnn.batch_plan import NormPlan
@@ -72,13 +73,16 @@ class TrainingStep:
         self._compiled: dict[str, Any] = {}  # for evaluations, which compile when the first one comes
         self._model = torch.compile(model) if settings.compile else model
         if world.size > 1:
-            self._model = DistributedDataParallel(
+            distributed = DistributedDataParallel(
                 self._model,
                 device_ids=[world.device] if world.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
                 forward_sync_buffers=bool(self._buffers),
                 static_graph=position.plan.accumulation == 1,  # with no_sync in the first step it fails inside torch
             )
+            if settings.compress_gradients:
+                distributed.register_comm_hook(None, bf16_compress_hook)
+            self._model = distributed
         self.meter = TrainMeter(world)
 
     def __call__(self, step: int, batches: Iterator[Batch]) -> None:

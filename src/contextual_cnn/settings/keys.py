@@ -10,7 +10,11 @@ Record = TypeVar("Record")
 LATER_KEYS: dict[str, Any] = {
     "task": "image_classification",
     "data": {"interpolation": "bicubic"},
-    "trainer": {"norm_batch": 128, "sync_bn": True},  # which nothing is made of where a run is of DRAWS 1
+    "trainer": {
+        "norm_batch": 128,
+        "sync_bn": True,
+        "compress_gradients": False,
+    },  # which nothing is made of where a run is of DRAWS 1
 }
 
 

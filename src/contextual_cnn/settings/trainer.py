@@ -24,6 +24,7 @@ class TrainerSettings:
     norm_batch: images in a statistic of a batch norm that trains, the recipe's micro-batch. Larger micro-batches are
         cut into groups of so many.
     sync_bn: ranks whose micro-batches are smaller join them up to norm_batch; false leaves each micro-batch to itself.
+    compress_gradients: they cross the ranks as bfloat16, half of the bytes.
     ema_decay: per optimizer step; null keeps no average. Evaluated beside the raw weights.
     ema_warmup: lets the decay grow to its value, for runs too short for it.
     grad_clip: largest norm of the gradient; null does not clip.
@@ -46,6 +47,7 @@ class TrainerSettings:
     micro_batch_size: int = may_change(128)
     norm_batch: int = 128
     sync_bn: bool = True
+    compress_gradients: bool = False
     channels_last: bool = may_change(True)
     compile: bool = may_change(False)
     ema_decay: float | None = 0.9999
