@@ -1,16 +1,21 @@
 """Runs that are stopped, killed and started again, by their real commands: nothing is lost, nothing differs."""
 
+import contextlib
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from contextual_cnn.runs.checkpoint import load_checkpoint, step_of, write_checkpoint
 from contextual_cnn.runs.loggers import read_metrics
-from tests.conftest import run_group, small_run
+from tests.conftest import ROOT, run_group, small_run
 from tests.helpers.endings import assert_same_end, checkpoint, losses, steps_logged
 from tests.helpers.facts import tells
 from tests.helpers.quick_start import Command, run
@@ -220,3 +225,30 @@ def test_whatever_is_left_out_of_the_state_is_noticed(straight, stopped_inside, 
     else:
         with pytest.raises(AssertionError):
             assert_same_end(straight, tmp_path)
+
+
+def test_a_trainer_that_is_killed_leaves_no_process(image_root, tmp_path):
+    """The torch loader's workers are children of a fork server, which outlives the trainer as long as they do."""
+    command = small_run(image_root, tmp_path, "data.loader=torch", "data.threads=2", "schedule.epochs=100")
+    environment = {**os.environ, "TEST_MARK": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    trainer = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while 2 not in steps_logged(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(marked(tmp_path)) >= 4  # trainer, fork server, two workers of the training
+    trainer.kill()
+    trainer.wait()
+    deadline = time.monotonic() + 10
+    while marked(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert marked(tmp_path) == []
+
+
+def marked(folder):
+    """The processes that have this folder in their environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"TEST_MARK={folder}".encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_bytes())
+    return found

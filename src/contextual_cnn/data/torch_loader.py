@@ -5,7 +5,11 @@ DALI. It has the same two names as dali.py, with the same arguments. A worker ma
 collated.
 """
 
+import contextlib
 import multiprocessing
+import os
+import select
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import count
@@ -150,8 +154,23 @@ def _loader(
         prefetch_factor=settings.prefetch,
         persistent_workers=True,
         multiprocessing_context="forkserver",
+        worker_init_fn=partial(_end_with, os.getpid()),
         pin_memory=device.type == "cuda",
     )
+
+
+def _end_with(trainer: int, _: int) -> None:
+    """In a worker: it ends when the trainer has, however that ended.
+
+    torch watches the worker's parent, which is the fork server; and that lives as long as its workers.
+    """
+
+    def watch() -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has ended already
+            select.select([os.pidfd_open(trainer)], [], [])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="trainer", daemon=True).start()
 
 
 def _on_device(loader: DataLoader, bad: BadImages, device: torch.device) -> Iterator[tuple[Tensor, Tensor, int]]:

@@ -3,12 +3,14 @@
 import gzip
 import io
 import os
+import random
 import tarfile
 import tracemalloc
 
 import pytest
 from wds2idx import IndexCreator
 
+from contextual_cnn.data.sources import tar_shards
 from contextual_cnn.data.sources.shard_index import read_shard_index, write_shard
 from contextual_cnn.data.sources.tar_members import list_tar
 from contextual_cnn.data.sources.tar_shards import open_tar_shards
@@ -276,6 +278,22 @@ def test_more_shards_than_descriptors(tmp_path):
     read, left_open = done.stdout.splitlines()
     assert read.split() == [str(i) for i in range(100)]
     assert int(left_open) <= 1
+
+
+def test_the_shards_that_are_read_now_stay_open(tmp_path, monkeypatch):
+    """A window of 8 shards moves over 100, of which 20 may be open: each is opened once."""
+    monkeypatch.setattr(tar_shards.resource, "getrlimit", lambda _: (40, 40))
+    (tmp_path / "train").mkdir()
+    for i in range(100):
+        write_shard(tmp_path / "train" / f"{i:03d}.tar", [("a.jpg", b"%d" % i, 0)])
+    source = open_tar_shards(tmp_path, "train")
+    opened, os_open, draw = [], os.open, random.Random(0)
+    monkeypatch.setattr(os, "open", lambda path, flags: opened.append(path) or os_open(path, flags))
+    for start in range(0, 96, 8):
+        for _ in range(100):
+            index = start + draw.randrange(8)
+            assert source.read(index) == b"%d" % index
+    assert len(opened) == len(set(opened)) == 96
 
 
 @pytest.mark.parametrize("number", ["3000000", "9" * 16])

@@ -1,6 +1,7 @@
 """Figures by class, against scikit-learn's."""
 
 import csv
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -39,3 +40,29 @@ def test_the_file_has_the_worst_class_first(tmp_path):
     assert (rows[0]["confused_with"], rows[0]["confused"], rows[1]["description"]) == ("cat", "1", "felis")
     with pytest.raises(UserError, match="cannot be written"):
         write_class_report(tmp_path, report, ("cat", "dog", "none"), {})
+
+
+def test_it_is_the_whole_table_without_the_table():
+    draw = np.random.default_rng(0)
+    for classes in (2, 5, 50):
+        for _ in range(50):
+            targets, predicted = draw.integers(0, classes, 60), draw.integers(-1, classes, 60)
+            table = np.zeros((classes, classes), dtype=np.int64)
+            np.add.at(table, (targets[predicted >= 0], predicted[predicted >= 0]), 1)
+            report = report_classes(targets, predicted, classes)
+            assert np.array_equal(report.recall, table.diagonal() / np.maximum(report.images, 1))
+            np.fill_diagonal(table, 0)
+            assert np.array_equal(report.confused, table.max(axis=1))
+            assert np.array_equal(report.confused_with, np.where(table.any(axis=1), table.argmax(axis=1), -1))
+
+
+def test_many_classes_take_little_memory():
+    """ImageNet-21K's: the table would be 3.6 GiB."""
+    draw = np.random.default_rng(0)
+    targets, predicted = draw.integers(0, 21_841, (2, 50_000))
+    tracemalloc.start()
+    try:
+        report_classes(targets, predicted, 21_841)
+        assert tracemalloc.get_traced_memory()[1] < 32 * 2**20
+    finally:
+        tracemalloc.stop()

@@ -3,7 +3,7 @@
 import os
 import resource
 import threading
-import weakref
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -110,32 +110,41 @@ class TarShards(ImageSource):
 class _OpenFiles:
     """Files that stay open, because opening one costs a round trip on a network file system.
 
-    Half of what the process may open; the others are opened for each read.
+    As many as half of what the process may open; then the one that was read longest ago is closed. A file is closed by
+    whoever drops it last, so never under a thread that reads from it.
     """
 
     def __init__(self, paths: list[str]) -> None:
         self.paths = paths
-        self._room = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+        self._room = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._lock = threading.Lock()
-        self._descriptors: dict[int, int] = {}
-        weakref.finalize(self, _close_all, self._descriptors)
+        self._open: OrderedDict[int, _OpenFile] = OrderedDict()
 
     def __reduce__(self) -> tuple:
         return _OpenFiles, (self.paths,)
 
     def read(self, number: int, size: int, offset: int) -> bytes:
         """Up to `size` bytes; pread has no position that threads would share."""
-        if number in self._descriptors:
-            return os.pread(self._descriptors[number], size, offset)
+        file = self._file(number)
+        return os.pread(file.descriptor, size, offset)
+
+    def _file(self, number: int) -> "_OpenFile":
         with self._lock:
-            if number not in self._descriptors and len(self._descriptors) < self._room:
-                self._descriptors[number] = os.open(self.paths[number], os.O_RDONLY)
-        if number in self._descriptors:
-            return os.pread(self._descriptors[number], size, offset)
-        with open(self.paths[number], "rb", buffering=0) as file:
-            return os.pread(file.fileno(), size, offset)
+            file = self._open.get(number)
+            if file is None:
+                file = self._open[number] = _OpenFile(self.paths[number])
+            self._open.move_to_end(number)
+            if len(self._open) > self._room:
+                self._open.popitem(last=False)
+            return file
 
 
-def _close_all(descriptors: dict[int, int]) -> None:
-    for descriptor in descriptors.values():
-        os.close(descriptor)
+class _OpenFile:
+    """A descriptor for reading, as long as anybody has it."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):  # not where it could not be opened
+            os.close(self.descriptor)

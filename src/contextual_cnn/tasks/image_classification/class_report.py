@@ -27,21 +27,33 @@ class ClassReport(NamedTuple):
 
 def report_classes(targets: np.ndarray, predicted: np.ndarray, classes: int) -> ClassReport:
     """targets, predicted: (images,) classes; an image that cannot be used is predicted as -1, and counts as wrong."""
-    confusion = np.zeros((classes, classes), dtype=np.int64)
-    usable = predicted >= 0
-    np.add.at(confusion, (targets[usable], predicted[usable]), 1)
     images = np.bincount(targets, minlength=classes)
-    hits, taken_for = confusion.diagonal().copy(), confusion.sum(axis=0)
-    np.fill_diagonal(confusion, 0)
-    confused = confusion.max(axis=1)
+    hits = np.bincount(targets[predicted == targets], minlength=classes)
+    taken_for = np.bincount(predicted[predicted >= 0], minlength=classes)
+    confused_with, confused = _most_confused(targets, predicted, classes)
     return ClassReport(
         images,
         precision=hits / np.maximum(taken_for, 1),
         recall=hits / np.maximum(images, 1),
         f1=2 * hits / np.maximum(images + taken_for, 1),
-        confused_with=np.where(confused > 0, confusion.argmax(axis=1), -1),
+        confused_with=confused_with,
         confused=confused,
     )
+
+
+def _most_confused(targets: np.ndarray, predicted: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """By class: the other class that most of its images are taken for, or -1, and how many; of equals the first.
+
+    From the pairs that occur, as a table of 21,841 classes by as many takes 3.6 GB.
+    """
+    wrong = (predicted >= 0) & (predicted != targets)
+    pairs, counts = np.unique(targets[wrong].astype(np.int64) * classes + predicted[wrong], return_counts=True)
+    target, other = np.divmod(pairs, classes)
+    order = np.lexsort((other, -counts, target))
+    with_some, first = np.unique(target[order], return_index=True)
+    confused_with, confused = np.full(classes, -1, dtype=np.int64), np.zeros(classes, dtype=np.int64)
+    confused_with[with_some], confused[with_some] = other[order][first], counts[order][first]
+    return confused_with, confused
 
 
 def write_class_report(
