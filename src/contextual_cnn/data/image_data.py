@@ -4,7 +4,9 @@ import importlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -17,6 +19,7 @@ from contextual_cnn.data.bad_images import BadImages
 from contextual_cnn.data.sampler import ShardWindows, TrainSampler
 from contextual_cnn.data.sources import ImageSource, Layout, find_layout, open_source, read_exclude_list
 from contextual_cnn.data.sources.folder_listing import describe_not_read
+from contextual_cnn.data.sources.node_listing import once_a_node
 from contextual_cnn.errors import UserError
 from contextual_cnn.launcher import cores
 from contextual_cnn.settings.augment import AugmentSettings
@@ -54,17 +57,9 @@ class ImageData:
             raise UserError(f"data.shuffle_shards: {settings.root} has no tar shards", "data.shuffle_shards=null")
         exclude = settings.exclude
         self._excluded = read_exclude_list(Path(exclude).expanduser()) if exclude is not None else frozenset()
-        self._left_out: set[str] = set()
-        self.sources: dict[str, ImageSource] = {}
-        for split in splits:
-            source = open_source(self.root, split, self.layout, classes)
-            classes = source.classes
-            source = self._without_excluded(source, split)
-            if settings.limit is not None and settings.limit < len(source):
-                source = source.take(np.linspace(0, len(source), settings.limit, endpoint=False, dtype=np.int64))
-            self.sources[split] = source
-        assert classes is not None  # those of the last split
-        self.classes = classes
+        listing = once_a_node("_".join(splits), partial(self._open, splits, classes))
+        self.sources, self._left_out = listing
+        self.classes: tuple[str, ...] = self.sources[splits[-1]].classes
         self.bad_images = BadImages(settings.on_bad_image, settings.max_bad_images)
 
     @property
@@ -81,7 +76,7 @@ class ImageData:
             "synthetic": "noise",
         }[self.layout]
         counts = ", ".join(f"{split} {len(source)} images" for split, source in self.sources.items())
-        not_read = sum((source.not_read for source in self.sources.values()), Counter())
+        not_read = sum((source.not_read for source in self.sources.values()), Counter[str]())
         others = f"; not read: {describe_not_read(not_read)}" if not_read else ""
         left_out, root = len(self._left_out), printable(str(self.root))
         log.info("%s: %s, %d classes, %s, %d left out%s", root, kind, self.num_classes, counts, left_out, others)
@@ -112,15 +107,27 @@ class ImageData:
         """This rank's share of the val split, as often as it is iterated."""
         return self._loader().EvaluationBatches(self.sources["val"], self.bad_images, self._settings_in_use(), world)
 
-    def _without_excluded(self, source: ImageSource, split: str) -> ImageSource:
-        if not self._excluded:
-            return source
-        names = [source.name(index) for index in range(len(source))]
-        kept = [index for index, name in enumerate(names) if name not in self._excluded]
-        self._left_out |= self._excluded.intersection(names)
-        if not kept:
-            raise UserError(f"data.exclude leaves no image in {split}", "data.exclude=null")
-        return source.take(kept)
+    def _open(
+        self, splits: Sequence[str], classes: tuple[str, ...] | None
+    ) -> tuple[dict[str, ImageSource], frozenset[str]]:
+        """The sources, in memory that other processes can map; and the names that are left out of them."""
+        sources, left_out, limit = {}, set[str](), self.settings.limit
+        for split in splits:
+            source = open_source(self.root, split, self.layout, classes)
+            classes = source.classes
+            if self._excluded:
+                names = [source.name(index) for index in range(len(source))]
+                kept = [index for index, name in enumerate(names) if name not in self._excluded]
+                left_out |= self._excluded.intersection(names)
+                if not kept:
+                    raise UserError(f"data.exclude leaves no image in {split}", "data.exclude=null")
+                source = source.take(kept)
+            if limit is not None and limit < len(source):
+                source = source.take(np.linspace(0, len(source), limit, endpoint=False, dtype=np.int64))
+            with suppress(OSError):  # without room for it each process has its own
+                source = source.shared()
+            sources[split] = source
+        return sources, frozenset(left_out)
 
     def _loader(self) -> ModuleType:
         """dali.py or one that takes its place; after the checks, as importing DALI takes seconds."""

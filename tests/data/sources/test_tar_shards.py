@@ -10,7 +10,7 @@ import tracemalloc
 import pytest
 from wds2idx import IndexCreator
 
-from contextual_cnn.data.sources import tar_shards
+from contextual_cnn.data.sources import shard_index, tar_shards
 from contextual_cnn.data.sources.shard_index import read_shard_index, write_shard
 from contextual_cnn.data.sources.tar_members import list_tar
 from contextual_cnn.data.sources.tar_shards import open_tar_shards
@@ -40,7 +40,6 @@ def test_samples_are_the_same_with_and_without_index(shard, removed):
     for suffix in removed:
         shard.with_suffix(suffix).unlink()
     assert read_all(shard) == EXPECTED
-    assert sorted(path.suffix for path in shard.parent.iterdir()) == sorted({".tar", ".idx", ".classes"} - {*removed})
 
 
 def test_the_index_is_the_one_that_dalis_tool_writes(shard, tmp_path):
@@ -278,6 +277,23 @@ def test_more_shards_than_descriptors(tmp_path):
     read, left_open = done.stdout.splitlines()
     assert read.split() == [str(i) for i in range(100)]
     assert int(left_open) <= 1
+
+
+def test_what_was_read_without_an_index_is_kept_as_one(shard, monkeypatch):
+    """The same as wds2idx makes it; a folder that cannot be written is read all the same."""
+    files = [shard.with_suffix(end) for end in (".idx", ".classes")]
+    expected = [file.read_text() for file in files]
+    for file in files:
+        file.unlink()
+    with monkeypatch.context() as other_rank:
+        other_rank.setenv("RANK", "1")
+        first = read_all(shard)
+    assert not any(file.exists() for file in files)
+    assert read_all(shard) == first
+    assert [file.read_text() for file in files] == expected
+    assert sorted(path.name for path in shard.parent.iterdir()) == ["a.classes", "a.idx", "a.tar"]
+    monkeypatch.setattr(shard_index, "list_tar", None)  # it is not read again
+    assert read_all(shard) == first
 
 
 def test_the_shards_that_are_read_now_stay_open(tmp_path, monkeypatch):

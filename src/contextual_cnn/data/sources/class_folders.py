@@ -104,7 +104,7 @@ def list_class_folders(
         paths += [f"{folder}/{image}" for image in images]
         targets += [target] * len(images)
         not_read += others
-    return ImageFiles(root, classes, tuple(paths), np.array(targets, dtype=np.int64), not_read)
+    return ImageFiles(root, classes, paths, np.array(targets, dtype=np.int64), not_read)
 
 
 def describe_folder(folder: Path) -> str:

@@ -6,7 +6,8 @@ Beside NAME.tar there may be, and writing puts there,
     NAME.idx       DALI's index (`wds2idx`, v1.2): a line per sample with extension, offset, size, name of each member
     NAME.classes   the class of each sample, one a line; saves a read per sample where the run starts
 
-Without them the tar's own headers and .cls members are read. They are not trusted: every place must lie in the tar,
+Without them the tar's own headers and .cls members are read, once: the first process leaves both files behind where it
+may. They are not trusted: every place must lie in the tar,
 and the first and last sample are compared with the tar itself.
 """
 
@@ -14,6 +15,7 @@ import io
 import os
 import tarfile
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -24,6 +26,7 @@ import numpy as np
 from contextual_cnn.data.sources.class_names import read_lines
 from contextual_cnn.data.sources.tar_members import BLOCK, TarMember, check_member, list_tar
 from contextual_cnn.errors import UserError
+from contextual_cnn.launcher import is_main_process
 
 _IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 _VERSION = "v1.2"
@@ -49,10 +52,66 @@ def read_shard_index(shard: Path) -> ShardIndex:
         raise UserError(f"{shard} is no file", "remove it, or copy the shard again")
     index, classes = shard.with_suffix(".idx"), shard.with_suffix(".classes")
     try:
-        members = _read_idx(index, shard) if index.is_file() else list_tar(shard)
-        return _read_samples(shard, members, classes if classes.is_file() else None)
+        if index.is_file() and classes.is_file() and (found := _read_regular(shard, index, classes)) is not None:
+            return found
+        if index.is_file():
+            return _read_samples(shard, _read_idx(index, shard), classes if classes.is_file() else None)
+        members = list_tar(shard)
+        found = _read_samples(shard, members, classes if classes.is_file() else None)
+        _keep_index(shard, members, found.targets)
+        return found
     except OSError as error:
         raise UserError(f"{shard} cannot be read: {error}", "make it readable, or copy it again") from error
+
+
+def _read_regular(shard: Path, index: Path, classes: Path) -> ShardIndex | None:
+    """The samples by whole columns, where each line is NAME.jpg and NAME.cls, as `write_shard` and wds2idx write it.
+
+    Ten times as fast as line by line. None where anything at all is otherwise: line by line is then found what.
+    """
+    fields, lines = index.read_bytes().split(), classes.read_bytes().split()
+    count = len(lines)
+    if len(fields) != 2 + 8 * count or not count or fields[:2] != [_VERSION.encode(), b"%d" % count]:
+        return None
+    images, labels = fields[5::8], fields[9::8]
+    places = fields[3::8] + fields[4::8] + fields[7::8] + fields[8::8]
+    if not (_are_numbers(places) and _are_numbers(lines) and _are_pairs(images, labels)):
+        return None
+    offsets, sizes, label_offsets, label_sizes = np.array(list(map(int, places)), dtype=np.int64).reshape(4, count)
+    end = shard.stat().st_size
+    if (
+        min(offsets.min(), label_offsets.min()) < BLOCK
+        or max((offsets + sizes).max(), (label_offsets + label_sizes).max()) > end
+    ):
+        return None
+    targets = np.array(list(map(int, lines)), dtype=np.int64)
+    names = b"\n".join(images).decode("ascii").split("\n")
+    with shard.open("rb") as tar:
+        for i in (0, -1):
+            image = TarMember(names[i], int(offsets[i]), int(sizes[i]))
+            label = TarMember(labels[i].decode("ascii"), int(label_offsets[i]), int(label_sizes[i]))
+            if any(_header_before(tar.fileno(), member, shard) != member for member in (image, label)):
+                return None
+            if _read_class(tar.fileno(), label, shard) != targets[i]:
+                return None
+    return ShardIndex(names, offsets, sizes, targets)
+
+
+def _are_numbers(fields: list[bytes]) -> bool:
+    """Whether each is one that 64 bits hold."""
+    return b"".join(fields).isdigit() and max(map(len, fields)) <= _LONGEST_CLASS
+
+
+def _are_pairs(images: list[bytes], labels: list[bytes]) -> bool:
+    """Whether they are KEY.jpg and KEY.cls, each key once and with no other dot, in plain ASCII."""
+    text = b"\n".join(images)
+    return (
+        text.isascii()
+        and text.count(b".") == len(images)
+        and all(name.endswith(b".jpg") for name in images)
+        and [name[:-3] + b"cls" for name in images] == labels
+        and len(set(images)) == len(images)
+    )
 
 
 def _read_samples(shard: Path, members: list[TarMember], classes: Path | None) -> ShardIndex:
@@ -103,6 +162,17 @@ def write_shard(shard: Path, samples: Iterable[tuple[str, bytes, int]]) -> None:
     _write_text(shard.with_suffix(".idx"), [f"{_VERSION} {len(lines)}", *lines])
     _write_text(shard.with_suffix(".classes"), map(str, classes))
     partial.replace(shard)
+
+
+def _keep_index(shard: Path, members: list[TarMember], targets: np.ndarray) -> None:
+    """Writes what was found beside the shard, for the next start; where that may not be, or cannot, it is left."""
+    if not is_main_process() or any(character.isspace() for member in members for character in member.name):
+        return
+    samples = groupby(members, lambda member: _split(member.name)[0])
+    lines = [" ".join(f"{_split(m.name)[1]} {m.offset} {m.size} {m.name}" for m in of_key) for _, of_key in samples]
+    with suppress(OSError, UnicodeEncodeError):
+        _write_text(shard.with_suffix(".classes"), map(str, targets.tolist()))
+        _write_text(shard.with_suffix(".idx"), [f"{_VERSION} {len(lines)}", *lines])
 
 
 def _read_idx(index: Path, shard: Path) -> list[TarMember]:
@@ -185,6 +255,6 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _write_text(path: Path, lines: Iterable[str]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     partial.replace(path)

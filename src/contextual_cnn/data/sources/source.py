@@ -2,15 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 
+from contextual_cnn.data.sources.names import Indices, Names
+from contextual_cnn.data.sources.shared_arrays import SharedArrays
 from contextual_cnn.text import printable
-
-Indices = Sequence[int] | np.ndarray
 
 
 class ImageSource(ABC):
@@ -29,6 +29,7 @@ class ImageSource(ABC):
     targets: np.ndarray
     not_read: Counter[str] = Counter()  # noqa: RUF012 - nobody changes it
     shard_sizes: np.ndarray | None = None
+    _block: SharedArrays | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -44,19 +45,51 @@ class ImageSource(ABC):
         """The encoded image. Raises OSError."""
 
     @abstractmethod
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of it that grows with the number of images."""
+
+    @abstractmethod
+    def with_arrays(self, arrays: Mapping[str, np.ndarray]) -> Self:
+        """The same source with other arrays of the same names."""
+
+    def shared(self) -> Self:
+        """The same source, held once by all processes of this machine that it is sent to. Raises OSError."""
+        block = SharedArrays.of(self.arrays())
+        source = self.with_arrays(block)
+        object.__setattr__(source, "_block", block)
+        return source
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        if self._block is None:
+            return super().__reduce__()
+        rest = self.with_arrays({name: array[:0] for name, array in self.arrays().items()})
+        return _attached, (rest, self._block)
+
+    @abstractmethod
     def take(self, indices: Indices) -> "ImageSource":
         """The same source with these images only, in this order."""
 
 
-@dataclass(frozen=True)
+def _attached(rest: ImageSource, block: SharedArrays) -> ImageSource:
+    source = rest.with_arrays(block)
+    object.__setattr__(source, "_block", block)
+    return source
+
+
 class ImageFiles(ImageSource):
     """Images that are files. paths: relative to root, with forward slashes, as the disk has them."""
 
-    root: Path
-    classes: tuple[str, ...]
-    paths: tuple[str, ...]
-    targets: np.ndarray
-    not_read: Counter[str] = field(default_factory=Counter)
+    def __init__(
+        self,
+        root: Path,
+        classes: tuple[str, ...],
+        paths: Sequence[str],
+        targets: np.ndarray,
+        not_read: Counter[str] | None = None,
+    ) -> None:
+        self.root, self.classes, self.targets = root, classes, targets
+        self.paths = paths if isinstance(paths, Names) else Names.of(paths)
+        self.not_read = not_read or Counter()
 
     def name(self, index: int) -> str:
         return printable(self.paths[index])
@@ -65,7 +98,13 @@ class ImageFiles(ImageSource):
         with open(f"{self.root}/{self.paths[index]}", "rb", buffering=0) as file:
             return file.readall()
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {"targets": self.targets, "names": self.paths.data, "ends": self.paths.ends}
+
+    def with_arrays(self, arrays: Mapping[str, np.ndarray]) -> "ImageFiles":
+        paths = Names(arrays["names"], arrays["ends"])
+        return ImageFiles(self.root, self.classes, paths, arrays["targets"], self.not_read)
+
     def take(self, indices: Indices) -> "ImageFiles":
-        paths = tuple(self.paths[index] for index in indices)
         targets = self.targets[np.asarray(indices, dtype=np.int64)]
-        return ImageFiles(self.root, self.classes, paths, targets, self.not_read)
+        return ImageFiles(self.root, self.classes, self.paths.take(indices), targets, self.not_read)

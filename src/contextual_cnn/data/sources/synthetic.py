@@ -2,12 +2,14 @@
 
 import functools
 import io
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from contextual_cnn.data.sources.source import ImageSource, Indices
+from contextual_cnn.data.sources.names import Indices
+from contextual_cnn.data.sources.source import ImageSource
 from contextual_cnn.randomness import Purpose, generator
 
 _IMAGES = {"train": 1_281_167, "val": 50_000}
@@ -28,6 +30,12 @@ class SyntheticImages(ImageSource):
 
     def read(self, index: int) -> bytes:
         return _encoded(int(self.numbers[index]) % _DIFFERENT)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {"numbers": self.numbers}
+
+    def with_arrays(self, arrays: Mapping[str, np.ndarray]) -> "SyntheticImages":
+        return SyntheticImages(self.split, self.classes, arrays["numbers"])
 
     def take(self, indices: Indices) -> "SyntheticImages":
         return SyntheticImages(self.split, self.classes, self.numbers[np.asarray(indices, dtype=np.int64)])

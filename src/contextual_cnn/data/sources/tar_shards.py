@@ -2,20 +2,25 @@
 
 import os
 import resource
+import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from contextual_cnn.data.sources.class_names import check_no_class_is_empty, number_classes, read_class_names
+from contextual_cnn.data.sources.names import Indices, Names
 from contextual_cnn.data.sources.shard_index import read_shard_index
-from contextual_cnn.data.sources.source import ImageSource, Indices
+from contextual_cnn.data.sources.source import ImageSource
 from contextual_cnn.errors import UserError
+from contextual_cnn.launcher import is_main_process
 from contextual_cnn.text import printable
 
-_INDEX_READERS = 16
+_WORTH_A_WORD = 64  # shards, whose indices take a moment
+_INDEX_READERS = 4  # more wait for Python's lock rather than for the disk
 
 
 def shards_of(root: Path, split: str) -> list[Path]:
@@ -38,6 +43,8 @@ def open_tar_shards(root: Path, split: str, classes: tuple[str, ...] | None = No
             f"data.root: there are no shards {root / split}/*.tar", "set data.root=ROOT of ROOT/train/*.tar"
         )
     names = read_class_names(root, classes)
+    if len(shards) >= _WORTH_A_WORD and is_main_process():
+        print(f"reading the indices of {len(shards)} shards in {root / split}", file=sys.stderr, flush=True)
     with ThreadPoolExecutor(_INDEX_READERS) as pool:
         indices = list(pool.map(read_shard_index, shards))
     targets = np.concatenate([index.targets for index in indices])
@@ -55,10 +62,10 @@ def open_tar_shards(root: Path, split: str, classes: tuple[str, ...] | None = No
         names,
         targets,
         files=_OpenFiles([str(shard) for shard in shards]),
-        shard_of=np.repeat(np.arange(len(shards)), [len(index.names) for index in indices]),
+        shard_of=np.repeat(np.arange(len(shards), dtype=np.int32), [len(index.names) for index in indices]),
         offsets=np.concatenate([index.offsets for index in indices]),
         sizes=np.concatenate([index.sizes for index in indices]),
-        members=tuple(name for index in indices for name in index.names),
+        members=Names.of(name for index in indices for name in index.names),
     )
 
 
@@ -75,7 +82,7 @@ class TarShards(ImageSource):
         shard_of: np.ndarray,
         offsets: np.ndarray,
         sizes: np.ndarray,
-        members: tuple[str, ...],
+        members: Names,
     ) -> None:
         self.root, self.classes, self.targets = root, classes, targets
         self.shard_of = shard_of
@@ -93,18 +100,21 @@ class TarShards(ImageSource):
             raise OSError(f"the shard ends {size - len(data)} bytes too early")
         return data
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        places = {"shard_of": self.shard_of, "offsets": self._offsets, "sizes": self._sizes}
+        return {"targets": self.targets, "names": self._members.data, "ends": self._members.ends} | places
+
+    def with_arrays(self, arrays: Mapping[str, np.ndarray]) -> "TarShards":
+        places = {name: arrays[name] for name in ("shard_of", "offsets", "sizes")}
+        members = Names(arrays["names"], arrays["ends"])
+        return TarShards(self.root, self.classes, arrays["targets"], files=self._files, members=members, **places)
+
     def take(self, indices: Indices) -> "TarShards":
-        places = np.asarray(indices, dtype=np.int64)
-        return TarShards(
-            self.root,
-            self.classes,
-            self.targets[places],
-            files=self._files,
-            shard_of=self.shard_of[places],
-            offsets=self._offsets[places],
-            sizes=self._sizes[places],
-            members=tuple(self._members[index] for index in places),
-        )
+        kept = np.asarray(indices, dtype=np.int64)
+        members = self._members.take(kept)
+        columns = {"targets": self.targets, "shard_of": self.shard_of, "offsets": self._offsets, "sizes": self._sizes}
+        taken = {name: column[kept] for name, column in columns.items()}
+        return self.with_arrays(taken | {"names": members.data, "ends": members.ends})
 
 
 class _OpenFiles:

@@ -90,7 +90,7 @@ def _classes_to_choose_from(data: ImageData) -> torch.Tensor:
     if data.layout != "benchmark":
         return torch.ones(data.num_classes, dtype=torch.bool)
     present = torch.zeros(data.num_classes, dtype=torch.bool)
-    present[torch.from_numpy(source.targets)] = True
+    present[torch.tensor(source.targets)] = True
     if not present.all():
         log.info("%d of the %d classes are there: predictions are made among these", present.sum(), len(present))
     folder, name = Path(source.name(0)).parts[0], data.classes[source.targets[0]]

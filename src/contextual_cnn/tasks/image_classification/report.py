@@ -30,7 +30,7 @@ def figures(
     predictions: Predictions, source: ImageSource, by_class: ClassReport, real: RealAccuracy | None
 ) -> dict[str, Any]:
     """What the predictions tell beyond the counts, in percent."""
-    hits = predictions.classes[:, 0] == torch.from_numpy(source.targets)
+    hits = predictions.classes[:, 0] == torch.tensor(source.targets)
     error = expected_calibration_error(predictions.probabilities[:, 0], hits)
     report = {
         "top1_interval": _interval(int(hits.sum()), len(hits)),

@@ -1,0 +1,78 @@
+"""A listing that the processes of a node make once, and hold once."""
+
+import os
+import pickle
+import stat
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from contextual_cnn.launcher import launched
+
+_PATIENCE = 3600  # seconds for the first process of the node; then each makes its own
+_FAILED = b""
+
+
+def once_a_node(key: str, make: Callable[[], Any]) -> Any:
+    """What `make` gives: made by the first process of this node, and picked up by the others.
+
+    They find it by a small file in a folder of this user's own, which holds a pickle: the arrays are in memory that
+    the first process shares (`SharedArrays`). Where that is not possible, each process makes its own.
+
+    Args:
+        key: tells this listing from others of the same start.
+    """
+    if launched("LOCAL_WORLD_SIZE", 1) == 1 or (folder := _own_folder()) is None:
+        return make()
+    note = folder / f"listing_{os.getppid()}_{_start()}_{key}"
+    return _made(note, make) if launched("LOCAL_RANK", 0) == 0 else _picked_up(note, make)
+
+
+def _made(note: Path, make: Callable[[], Any]) -> Any:
+    note.unlink(missing_ok=True)
+    try:
+        made = make()
+    except BaseException:
+        _leave(note, _FAILED)  # the others come to the same mistake by themselves
+        raise
+    _leave(note, pickle.dumps(made))
+    return made
+
+
+def _leave(note: Path, content: bytes) -> None:
+    partial = note.with_suffix(".partial")
+    with suppress(OSError):
+        partial.write_bytes(content)
+        partial.replace(note)
+
+
+def _picked_up(note: Path, make: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + _PATIENCE
+    while time.monotonic() < deadline:
+        with suppress(OSError):  # not there yet, or of a process that has ended: an earlier start's
+            if (content := note.read_bytes()) == _FAILED:
+                return make()
+            return pickle.loads(content)
+        time.sleep(0.05)
+    return make()
+
+
+def _start() -> str:
+    """What no two starts that could meet in one folder have in common."""
+    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
+    return "_".join("".join(filter(str.isalnum, os.environ.get(name, "")))[:40] for name in names)
+
+
+def _own_folder() -> Path | None:
+    """A folder where only this user reads and writes; None where there cannot be one."""
+    folder = Path(tempfile.gettempdir()) / f"contextual_cnn_{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return None
+    is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+    return folder if is_own else None
