@@ -127,6 +127,8 @@ def alone(function: Callable[..., dict[str, float]], *arguments: Any) -> dict[st
 
 
 def measured(function: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
+    import contextual_cnn.data.image_data  # noqa: F401 - its memory is nobody's that is measured
+
     before, cpu, wall = memory(), time.process_time(), time.perf_counter()
     found = function(*arguments)
     after = memory()
@@ -199,8 +201,6 @@ def node(root: Path, layout: str, processes: int) -> dict[str, float]:
 
 def rank_of_node(rank: int, processes: int, root: Path, layout: str, meet: Any, queue: Any) -> None:
     os.environ |= {"LOCAL_RANK": f"{rank}", "LOCAL_WORLD_SIZE": f"{processes}", "RANK": f"{rank}", "MASTER_PORT": "1"}
-    import contextual_cnn.data.image_data  # noqa: F401 - its memory is not the listing's
-
     found = measured(open_source, root, layout)
     touched = sum(int(array.sum()) for array in kept.sources["train"].arrays().values())  # or its pages do not count
     found["shared_mib"] = round(memory()["shared"], 1)

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 FILES = 4  # at most at once: last, previous, best, and the one that is being written
 _RETRY_AFTER = 60  # seconds after a write that failed
-_BUDGET = 0.02  # share of a run's time that its copies for checkpoints may take
+_BUDGET = 0.01  # share of a run's time that copies for checkpoints may take, those of best states aside
 _CHEAP = 0.02  # seconds of a copy that nobody minds
 
 

@@ -9,7 +9,7 @@ from contextual_cnn.settings.keys import may_change
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
     """every_epochs: how often `last.pt` is written; always after the last epoch too. Left out where the one before is
-        still being written, or where copying the state would take more than 2 % of the time since then.
+        still being written, or where copying the state would take more than 1 % of the time since then.
 
     every_steps, every_minutes: and inside an epoch; None leaves that out. Looked at when metrics are logged.
     """
