@@ -20,6 +20,7 @@ from contextual_cnn.data.sampler import ShardWindows, TrainSampler
 from contextual_cnn.data.sources import ImageSource, Layout, find_layout, open_source, read_exclude_list
 from contextual_cnn.data.sources.folder_listing import describe_not_read
 from contextual_cnn.data.sources.node_listing import once_a_node
+from contextual_cnn.data.sources.shared_arrays import give_memory_back
 from contextual_cnn.errors import UserError
 from contextual_cnn.launcher import cores
 from contextual_cnn.settings.augment import AugmentSettings
@@ -127,6 +128,7 @@ class ImageData:
             with suppress(OSError):  # without room for it each process has its own
                 source = source.shared()
             sources[split] = source
+        give_memory_back()
         return sources, frozenset(left_out)
 
     def _loader(self) -> ModuleType:

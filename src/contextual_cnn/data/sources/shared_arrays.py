@@ -1,5 +1,7 @@
 """Arrays that all processes of a machine hold once: in memory that has no name and goes with its last holder."""
 
+import contextlib
+import ctypes
 import mmap
 import os
 import secrets
@@ -66,6 +68,12 @@ class SharedArrays(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._arrays)
+
+
+def give_memory_back() -> None:
+    """What a listing's millions of texts took, and the C library keeps for later: about 50 MiB of ImageNet's."""
+    with contextlib.suppress(AttributeError):  # another C library than GNU's
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _write(descriptor: int, data: memoryview | bytes, offset: int) -> None:
