@@ -42,8 +42,8 @@ def main() -> None:
         "measured": {},
     }
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        for name, measure in MEASURES.items():
-            for case, found in measure(Path(folder), arguments.images):
+        for name in arguments.only:
+            for case, found in MEASURES[name](Path(folder), arguments.images):
                 key = f"{name}, {case}" if case else name
                 results["measured"][key] = found
                 print(json.dumps({key: found}), flush=True)
@@ -54,6 +54,9 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--images", type=int, default=IMAGENET, help="of the training split (ImageNet's)")
+    parser.add_argument(
+        "--only", nargs="+", choices=MEASURES, default=list(MEASURES), metavar="NAME", help="of: " + ", ".join(MEASURES)
+    )
     parser.add_argument("--folder", type=Path, help="where the listings are made and removed")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON")
     return parser.parse_args()

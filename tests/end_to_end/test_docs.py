@@ -163,6 +163,7 @@ ELSEWHERE = {
     "python scripts/dev/benchmark.py op --released": "the same",
     "python -m tests.fault_suite --all": FAULTS,
     "python -m tests.fault_suite --all --output docs/results/cpu-faults.json --markdown docs/faults.md": FAULTS,
+    "python scripts/dev/scale.py": "tests/scripts/test_scale.py::test_a_node_holds_a_listing_once",
     "python scripts/dev/compile_kernels.py": (
         "tests/ops/test_sampled_conv_triton.py::test_compiles_for_sm_90_without_spilling_registers"
     ),
