@@ -21,7 +21,7 @@ from contextual_cnn.command_line import check_sweep
 from contextual_cnn.config import read_config
 from contextual_cnn.errors import Stopped
 from contextual_cnn.guards.stopping import StopRequest
-from contextual_cnn.launcher import world_size
+from contextual_cnn.launcher import is_main_process, leave_out, world_size
 from contextual_cnn.runs.loggers import check_key
 from contextual_cnn.schema import Schema, schema_of
 from contextual_cnn.settings.keys import record_of
@@ -47,6 +47,8 @@ def main(hydra_config: DictConfig) -> None:
     found.check(plan)
     request = StopRequest(settings.trainer.max_seconds)
 
+    if not is_main_process():
+        leave_out("wandb")  # which timm imports: most of a second and thousands of files, for rank 0 alone
     from contextual_cnn.training import train  # here: torch and timm take seconds, and every mistake above none
 
     if not train(settings, found.load(), plan, request, config | asdict(found.settings)):

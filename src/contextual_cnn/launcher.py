@@ -1,6 +1,7 @@
 """What the launcher says of this process, by the environment: before there is a process group, and without torch."""
 
 import os
+import sys
 
 from contextual_cnn.errors import UserError
 
@@ -20,6 +21,11 @@ def world_size() -> int:
 def cores() -> int:
     """CPU cores that this process may use, its share of those that its node's processes have; at least 1."""
     return max(1, len(os.sched_getaffinity(0)) // launched("LOCAL_WORLD_SIZE", 1))
+
+
+def leave_out(module: str) -> None:
+    """From now on a module is missing in this process; who imports it if it is there goes on without it."""
+    sys.modules.setdefault(module, None)  # type: ignore[arg-type] # which is how Python says so
 
 
 def launched(name: str, least: int) -> int:

@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     MIXING = 8
     ERASING = 9
     DROP_PATH = 10
+    CONTROL = 11
 
 
 def generator(purpose: Purpose, *key: int) -> np.random.Generator:

@@ -139,6 +139,9 @@ ELSEWHERE = {
     "data.root=$ROOT run_name=ctx_t": (
         "tests/scripts/test_submit.py::test_a_job_that_is_signalled_comes_back_with_the_same_command"
     ),
+    "ROOT=/path/to/imagenet ./scripts/dev/gpu_first_hour.sh OUT": (
+        "tests/end_to_end/test_first_hour_on_gpus.py::test_the_list_passes_on_a_cpu"
+    ),
     "./scripts/dev/gpu_check.sh FOLDER": "tests/end_to_end/test_scripts.py::test_the_gpu_check_passes_on_a_cpu",
     "python scripts/model/describe_model.py": (
         "tests/analysis/test_analysis.py::test_a_contextual_model_costs_its_twin_plus_what_the_definition_adds"
@@ -163,6 +166,9 @@ ELSEWHERE = {
     "python scripts/dev/benchmark.py op --released": "the same",
     "python -m tests.fault_suite --all": FAULTS,
     "python -m tests.fault_suite --all --output docs/results/cpu-faults.json --markdown docs/faults.md": FAULTS,
+    "python evaluate.py checkpoint=outputs/ctx_t context=swap": (
+        "tests/end_to_end/test_evaluation.py::test_contexts_are_exchanged_free_of_training"
+    ),
     "python scripts/dev/scale.py": "tests/scripts/test_scale.py::test_a_node_holds_a_listing_once",
     "python scripts/dev/compile_kernels.py": (
         "tests/ops/test_sampled_conv_triton.py::test_compiles_for_sm_90_without_spilling_registers"

@@ -168,3 +168,14 @@ def test_a_pattern_or_a_folder_of_runs_gives_one_table_the_best_first(trained, t
     )
     assert status == 2
     assert tells(printed, "per_class=a.csv", "2")
+
+
+def test_contexts_are_exchanged_free_of_training(trained, tmp_path):
+    own, _ = evaluate(trained, tmp_path)
+    swapped, printed = evaluate(trained, tmp_path, "context=swap", "context_stages=[3,4]")
+    assert (swapped["top1"], swapped["images"]) == (own["top1"], own["images"])
+    assert swapped["control"] == {"context": "swap", "stages": [3, 4]}
+    assert 0 <= swapped["controlled_top1"] <= 100
+    assert tells(printed, "contexts", "stages", "3", "4")
+    assert "control" not in json.loads((trained / "checkpoints" / "evaluation.json").read_text())
+    assert len(list((trained / "checkpoints").glob("evaluation_context-swap_stages*.json"))) == 1

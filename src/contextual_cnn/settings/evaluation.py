@@ -1,6 +1,6 @@
 """The keys of conf/evaluate/: what is evaluated, and what is written of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,11 +25,16 @@ DATA_KEYS = (
 )
 
 
+ContextControl = Literal["own", "swap", "mean", "zero"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
     """checkpoint: a run folder, a .pt file, a folder of runs, or a pattern.
 
     weights: "auto" are those that made the checkpoint the best.
+    context: also evaluates the model with other contexts than its images' own: those of other images, their mean,
+        or zeros. context_stages: where; None is in all contextual stages.
     real_labels: ReaL's real.json, or None.
     predictions, per_class: CSV files to write, or None.
     data: the values that differ from the training's data.
@@ -39,6 +44,8 @@ class EvaluationSettings:
     weights: Literal["auto", "raw", "ema"] = "auto"
     device: Literal["auto", "cuda", "cpu"] = "auto"
     precision: Precision = "auto"
+    context: ContextControl = "own"
+    context_stages: Sequence[int] | None = None
     real_labels: str | None = None
     predictions: str | None = None
     per_class: str | None = None

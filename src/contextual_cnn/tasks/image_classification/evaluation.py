@@ -14,8 +14,10 @@ from contextual_cnn.data.image_data import ImageData
 from contextual_cnn.distributed import World
 from contextual_cnn.engine.evaluator import evaluate
 from contextual_cnn.engine.precision import autocast, under
+from contextual_cnn.randomness import Purpose, generator
 from contextual_cnn.settings.evaluation import EvaluationSettings
 from contextual_cnn.tasks.image_classification.class_report import report_classes, write_class_report
+from contextual_cnn.tasks.image_classification.context_control import ControlledEvaluation
 from contextual_cnn.tasks.image_classification.measure import ClassificationEvaluation
 from contextual_cnn.tasks.image_classification.predictions import Predictions, PredictionTable, write_predictions
 from contextual_cnn.tasks.image_classification.real_labels import read_real_labels, real_accuracy
@@ -39,16 +41,19 @@ def evaluate_checkpoint(
     trained = restore(path, state, settings.weights, settings.data)
     data = ImageData(trained.data, ("val",), trained.classes)
     source = data.sources["val"]
+    if settings.context != "own":  # neighbours in a batch must not be of one class
+        source = source.take(generator(Purpose.CONTROL).permutation(len(source)))
+        data.sources["val"] = source
     labels_file = settings.file("real_labels")
     labels = read_real_labels(labels_file, source) if labels_file is not None else None
     data.log_summary()
     precision = autocast(settings.precision, world.device)
-    report, predictions = _evaluate(trained.model.to(world.device), data, world, precision)
+    report, predictions = _evaluate(trained.model.to(world.device), data, world, precision, settings)
     if not world.is_main:
         return report
     by_class = report_classes(source.targets, predictions.classes[:, 0].numpy(), data.num_classes)
     real = real_accuracy(labels, predictions) if labels is not None else None
-    report |= figures(predictions, source, by_class, real) | _subject(trained, data)
+    report |= figures(predictions, source, by_class, real) | _subject(trained, data) | _control(settings)
     console.print(report_table(trained.settings.name, report))
     write_report(trained.path.parent, report)
     print(f"top-1 {report['top1']:.2f}")
@@ -72,14 +77,23 @@ def _subject(trained: Trained, data: ImageData) -> dict[str, Any]:
     }
 
 
+def _control(settings: EvaluationSettings) -> dict[str, Any]:
+    if settings.context == "own":
+        return {}
+    return {"control": {"context": settings.context, "stages": settings.context_stages and [*settings.context_stages]}}
+
+
 def _evaluate(
-    model: nn.Module, data: ImageData, world: World, autocast: AbstractContextManager
+    model: nn.Module, data: ImageData, world: World, autocast: AbstractContextManager, settings: EvaluationSettings
 ) -> tuple[dict[str, Any], Predictions]:
     """One pass over all ranks: its counts, and the predictions for each image."""
     present = _classes_to_choose_from(data)
     table = PredictionTable(len(data.sources["val"]), int(present.sum()), world)
     among = None if present.all() else present.to(world.device)
     evaluation = ClassificationEvaluation(data, world, among, table.add)
+    if settings.context != "own":
+        options: Any = {"control": settings.context, "stages": settings.context_stages}
+        evaluation = ControlledEvaluation(data, world, among, table.add, **options)
     report = evaluate({"model": model}, {"model": under(autocast, model)}, evaluation, world)["model"]
     return report | {"classes": int(present.sum())}, table.gather()
 

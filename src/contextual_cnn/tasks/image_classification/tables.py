@@ -23,6 +23,11 @@ def report_table(name: str, report: Mapping[str, Any]) -> Table:
     table.add_row("top-5", f"{report['top5']:.2f} %")
     for stage, recall in by_stage(report, "recall").items():
         table.add_row(f"true class on the shortlist after stage {stage}", f"{recall:.2f} %")
+    if "control" in report:
+        contexts = _contexts(report["control"])
+        table.add_row(f"top-1 with {contexts}", f"{report['controlled_top1']:.2f} %")
+        table.add_row("answers that this changes", f"{report['controlled_answers']:.2f} %")
+        table.add_row("change of the logits, share of their spread", f"{report['controlled_logits']:.2f} %")
     if "real_top1" in report:
         table.add_row(f"top-1 by ReaL, {report['real_images']} images with a label", f"{report['real_top1']:.2f} %")
         table.add_row("its 95 % confidence interval", _spell(report["real_top1_interval"]))
@@ -59,6 +64,12 @@ def _title(name: str, report: Mapping[str, Any]) -> str:
         keys = ", ".join(f"data.{key}={value}" for key, value in report["differences"].items())
         lines.append(f"not the run's own val split: {keys}")
     return escape("\n".join(lines))
+
+
+def _contexts(control: Mapping[str, Any]) -> str:
+    kind = {"swap": "other images' contexts", "mean": "the mean context", "zero": "no context"}[control["context"]]
+    stages = control["stages"]
+    return f"{kind} in stage{'s' * (len(stages) > 1)} {', '.join(map(str, stages))}" if stages else kind
 
 
 def _spell(interval: Sequence[float]) -> str:
