@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from contextual_cnn.text import print_any_text, printable
 
@@ -47,6 +48,12 @@ def report_status(status: int) -> bool:
     with open(path, "w") as file:
         file.write(f"{status}")
     return True
+
+
+def reported_status() -> str | None:
+    """What a process of this node has written there; "" if nothing yet, None if nobody reads it."""
+    path = os.environ.get("CONTEXTUAL_CNN_STATUS_FILE")
+    return Path(path).read_text() if path is not None else None
 
 
 def run_script(main: Callable[[], None]) -> None:

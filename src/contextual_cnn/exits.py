@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from contextual_cnn.command_line import check_choices, explain
-from contextual_cnn.errors import STOPPED, LostProcess, Stopped, UserError, report_status
+from contextual_cnn.errors import STOPPED, LostProcess, Stopped, UserError, report_status, reported_status
 from contextual_cnn.text import print_any_text
 
 
@@ -60,7 +60,7 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
         except LostProcess as error:
             print(f"error: {error}\n  fix: see what ended that process; the same command resumes", file=sys.stderr)
             # A restart helps neither a mistake nor a request to stop, whichever process of this node has had it
-            sys.exit(0 if _reported_status() in ("2", f"{STOPPED}") else 1)
+            sys.exit(0 if reported_status() in ("2", f"{STOPPED}") else 1)
 
     return _recorded(wrapped)
 
@@ -120,12 +120,6 @@ def _is_first_to_say(message: str) -> bool:
 def _leave(status: int) -> NoReturn:
     """Ends with a status that a restart would not change."""
     sys.exit(0 if report_status(status) else status)
-
-
-def _reported_status() -> str | None:
-    """What a process of this node has written."""
-    path = os.environ.get("CONTEXTUAL_CNN_STATUS_FILE")
-    return Path(path).read_text() if path is not None else None
 
 
 class _Lasting:

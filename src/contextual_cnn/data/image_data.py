@@ -58,8 +58,8 @@ class ImageData:
             raise UserError(f"data.shuffle_shards: {settings.root} has no tar shards", "data.shuffle_shards=null")
         exclude = settings.exclude
         self._excluded = read_exclude_list(Path(exclude).expanduser()) if exclude is not None else frozenset()
-        listing = once_a_node("_".join(splits), partial(self._open, splits, classes))
-        self.sources, self._left_out = listing
+        of = repr((str(self.root), self.layout, settings.exclude, settings.limit, classes))
+        self.sources, self._left_out = once_a_node("_".join(splits), of, partial(self._open, splits, classes))
         self.classes: tuple[str, ...] = self.sources[splits[-1]].classes
         self.bad_images = BadImages(settings.on_bad_image, settings.max_bad_images)
 

@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ def make():
     images = ImageFiles("/root", ("a", "b"), [f"train/{i:06d}.jpg" for i in range(200_000)], np.arange(200_000) % 2)
     return images.shared()
 
-images = once_a_node("train", make)
+images = once_a_node("train", os.environ.get("TEST_OF", ""), make)
 mapped = [line for line in open("/proc/self/maps") if "contextual-cnn listing" in line]
 print(len(images), images.paths[199_999], images.targets[199_999], len(mapped))
 sys.stdin.read()  # the first process stays until the others have looked
@@ -83,9 +84,9 @@ def node(tmp_path):
     """Starts a process of a node, by its local rank; what it prints is read from it."""
     started = []
 
-    def start(local_rank: int, *arguments: str) -> subprocess.Popen:
+    def start(local_rank: int, *arguments: str, **more: str) -> subprocess.Popen:
         place = dict(LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE="3", MASTER_PORT="1", TMPDIR=str(tmp_path))
-        environment = {**os.environ, **place, "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, **place, **more, "PYTHONUNBUFFERED": "1"}
         process = subprocess.Popen(
             [sys.executable, "-c", RANK, *arguments],
             env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -118,6 +119,23 @@ def test_the_processes_of_a_node_hold_it_once(node, tmp_path):
 
 
 @pytest.mark.run
+def test_a_process_that_has_other_data_in_mind_makes_its_own(node):
+    """The processes are compared later, and the one that differs is named."""
+    first, other = node(0, TEST_OF="/data"), node(1, TEST_OF="/incomplete copy")
+    assert first.stdout.readline() == other.stdout.readline() == "made\n"
+
+
+@pytest.mark.run
+def test_nobody_waits_for_a_first_process_that_has_ended_with_a_mistake(node, tmp_path):
+    status = tmp_path / "status"
+    status.write_text("")
+    other = node(1, CONTEXTUAL_CNN_STATUS_FILE=str(status))
+    time.sleep(0.5)
+    status.write_text("2")
+    assert other.stdout.readline() == "made\n"
+
+
+@pytest.mark.run
 def test_a_mistake_is_found_by_each(node):
     first, other = node(0, "5"), node(1, "5")
     assert [process.wait(60) for process in (first, other)] == [1, 1]
@@ -131,7 +149,7 @@ def test_a_folder_where_others_may_write_is_not_used(tmp_path, monkeypatch):
     folder = tmp_path / f"contextual_cnn_{os.getuid()}"
     folder.mkdir()
     folder.chmod(0o777)
-    assert once_a_node("train", lambda: "made here") == "made here"
+    assert once_a_node("train", "", lambda: "made here") == "made here"
 
 
 def test_a_million_images_take_little_memory(tmp_path):

@@ -1,5 +1,6 @@
 """A listing that the processes of a node make once, and hold once."""
 
+import hashlib
 import os
 import pickle
 import stat
@@ -10,35 +11,38 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from contextual_cnn.errors import reported_status
 from contextual_cnn.launcher import launched
 
 _PATIENCE = 3600  # seconds for the first process of the node; then each makes its own
 _FAILED = b""
 
 
-def once_a_node(key: str, make: Callable[[], Any]) -> Any:
+def once_a_node(key: str, of: str, make: Callable[[], Any]) -> Any:
     """What `make` gives: made by the first process of this node, and picked up by the others.
 
     They find it by a small file in a folder of this user's own, which holds a pickle: the arrays are in memory that
     the first process shares (`SharedArrays`). Where that is not possible, each process makes its own.
 
     Args:
-        key: tells this listing from others of the same start.
+        key: tells this listing from others of the same start. of: what it is made of; a process that has another
+            one in mind makes its own.
     """
     if launched("LOCAL_WORLD_SIZE", 1) == 1 or (folder := _own_folder()) is None:
         return make()
     note = folder / f"listing_{os.getppid()}_{_start()}_{key}"
-    return _made(note, make) if launched("LOCAL_RANK", 0) == 0 else _picked_up(note, make)
+    head = hashlib.sha256(of.encode("utf-8", "surrogateescape")).digest()
+    return _made(note, head, make) if launched("LOCAL_RANK", 0) == 0 else _picked_up(note, head, make)
 
 
-def _made(note: Path, make: Callable[[], Any]) -> Any:
+def _made(note: Path, head: bytes, make: Callable[[], Any]) -> Any:
     note.unlink(missing_ok=True)
     try:
         made = make()
     except BaseException:
         _leave(note, _FAILED)  # the others come to the same mistake by themselves
         raise
-    _leave(note, pickle.dumps(made))
+    _leave(note, head + pickle.dumps(made))
     return made
 
 
@@ -49,13 +53,15 @@ def _leave(note: Path, content: bytes) -> None:
         partial.replace(note)
 
 
-def _picked_up(note: Path, make: Callable[[], Any]) -> Any:
+def _picked_up(note: Path, head: bytes, make: Callable[[], Any]) -> Any:
     deadline = time.monotonic() + _PATIENCE
     while time.monotonic() < deadline:
         with suppress(OSError):  # not there yet, or of a process that has ended: an earlier start's
-            if (content := note.read_bytes()) == _FAILED:
+            if not (content := note.read_bytes()).startswith(head):  # failed, or of something else
                 return make()
-            return pickle.loads(content)
+            return pickle.loads(content[len(head) :])
+        if reported_status() not in (None, "", "0"):  # the first process has ended before it came so far
+            break
         time.sleep(0.05)
     return make()
 
