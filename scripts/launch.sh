@@ -44,8 +44,10 @@ if mkdir -p -m 700 "$cache" 2>/dev/null && [ -O "$cache" ] && [ ! -L "$cache" ];
 fi
 
 set -m # in a process group of its own, torchrun gets a terminal's Ctrl-C from nobody but us
+# After 60 s without an answer torchrun would end a run whose processes bear an outage for trainer.timeout_minutes
 "${PYTHON:-python}" -m torch.distributed.run \
     --max-restarts "${MAX_RESTARTS:-3}" \
+    --rdzv-conf read_timeout=600 \
     --signals-to-handle SIGTERM,SIGINT,SIGUSR1,SIGHUP \
     --shutdown-timeout "${SHUTDOWN_SECONDS:-60}" \
     "$@" & # a scheduler may tell torchrun too
@@ -61,4 +63,9 @@ status=$?
 written=$(cat "$CONTEXTUAL_CNN_STATUS_FILE")
 if [ "${written:-0}" != 0 ]; then exit "$written"; fi
 if [ -n "$signal" ] && [ "$status" != 0 ]; then exit 75; fi # it came before the processes were able to write theirs
+if [ "$status" != 0 ] && [[ " $*" == *" --rdzv-endpoint"* ]]; then # torchrun's own last words are a traceback
+    echo "error: torchrun has ended with status $status on $HOSTNAME; what comes before says why, and \"C10d store has" \
+        "failed\" is a node of the rendezvous that is gone or out of reach" >&2
+    echo "  fix: the same command on every node resumes" >&2
+fi
 exit "$status"

@@ -146,8 +146,8 @@ def _check_restarts() -> None:
 
 
 def _is_about_a_peer(error: RuntimeError) -> bool:
-    """gloo raises plain RuntimeErrors that name its source files."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    """gloo raises plain RuntimeErrors: they name its source files, or say that another collective's time was over."""
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in ("gloo", "caused pair closure"))
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ class Launched:
     Args:
         nodes: torchrun's options.
         name: of the file that gets stdout and stderr.
+        through: what it is put behind, where that is on a node of `namespaces.Nodes`.
     """
 
     def __init__(
@@ -27,15 +28,17 @@ class Launched:
         *command: str,
         nodes: Sequence[str] = ("--standalone", "--nproc-per-node", "2"),
         name: str = "output",
+        through: Sequence[str] = (),
         **environment: str,
     ) -> None:
         self.output = folder / name
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "PYTHONUNBUFFERED": "1", **environment}
         with self.output.open("w") as output:
             self.process = subprocess.Popen(
-                ["bash", "scripts/launch.sh", *nodes, *command],
+                [*through, "bash", "scripts/launch.sh", *nodes, *command],
                 cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT,
             )  # fmt: skip
+        self._is_elsewhere = bool(through)
         self.metrics = folder / "run" / "metrics.jsonl"
 
     @property
@@ -59,9 +62,14 @@ class Launched:
         return self.process.wait(timeout)
 
     @property
+    def launcher(self) -> int:
+        """scripts/launch.sh itself."""
+        return children(self.process.pid)[0] if self._is_elsewhere else self.process.pid
+
+    @property
     def agent(self) -> int | None:
         """torchrun's process; the shell's other children come and go. None before it is started."""
-        return next((pid for pid in children(self.process.pid) if "torch.distributed.run" in command_of(pid)), None)
+        return next((pid for pid in children(self.launcher) if "torch.distributed.run" in command_of(pid)), None)
 
     @property
     def workers(self) -> list[int]:
