@@ -9,10 +9,15 @@ import numpy as np
 Indices = Sequence[int] | np.ndarray
 
 
+def compact(numbers: np.ndarray) -> np.ndarray:
+    """Integers from 0 on, in the smallest type that holds them."""
+    return numbers.astype(np.min_scalar_type(int(numbers.max(initial=0))))
+
+
 class Names(Sequence[str]):
     """Texts that lie one after the other in one block of bytes.
 
-    data: (bytes,) uint8, UTF-8; what was no UTF-8 on the disk comes back as it was. ends: (N,) int64, where each ends.
+    data: (bytes,) uint8, UTF-8; what was no UTF-8 on the disk comes back as it was. ends: (N,) where each ends.
     """
 
     def __init__(self, data: np.ndarray, ends: np.ndarray) -> None:
@@ -21,9 +26,19 @@ class Names(Sequence[str]):
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> "Names":
-        encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
+        return cls.of_bytes([text.encode("utf-8", "surrogateescape") for text in texts])
+
+    @classmethod
+    def of_bytes(cls, encoded: list[bytes]) -> "Names":
         ends = np.fromiter(accumulate(map(len, encoded)), dtype=np.int64, count=len(encoded))
-        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
+        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), compact(ends))
+
+    @classmethod
+    def joined(cls, parts: Sequence["Names"]) -> "Names":
+        """One after the other."""
+        starts = np.cumsum([0, *(len(part.data) for part in parts)])
+        ends = [part.ends.astype(np.int64) + start for part, start in zip(parts, starts, strict=False)]
+        return cls(np.concatenate([part.data for part in parts]), compact(np.concatenate(ends)))
 
     def __reduce__(self) -> tuple:
         return Names, (self.data, self.ends)

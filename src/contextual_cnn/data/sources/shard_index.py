@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from contextual_cnn.data.sources.class_names import read_lines
+from contextual_cnn.data.sources.names import Names
 from contextual_cnn.data.sources.tar_members import BLOCK, TarMember, check_member, list_tar
 from contextual_cnn.errors import UserError
 from contextual_cnn.launcher import is_main_process
@@ -36,7 +37,7 @@ _LONGEST_CLASS = 16  # bytes of a .cls member
 class ShardIndex(NamedTuple):
     """The samples of a shard. names: of the image members; offsets, sizes: of their bytes; all (n,)."""
 
-    names: list[str]
+    names: Names
     offsets: np.ndarray
     sizes: np.ndarray
     targets: np.ndarray
@@ -85,7 +86,7 @@ def _read_regular(shard: Path, index: Path, classes: Path) -> ShardIndex | None:
     ):
         return None
     targets = np.array(list(map(int, lines)), dtype=np.int64)
-    names = b"\n".join(images).decode("ascii").split("\n")
+    names = Names.of_bytes(images)
     with shard.open("rb") as tar:
         for i in (0, -1):
             image = TarMember(names[i], int(offsets[i]), int(sizes[i]))
@@ -123,7 +124,7 @@ def _read_samples(shard: Path, members: list[TarMember], classes: Path | None) -
     if len({image.name for image in images}) < len(images):
         raise UserError(f"{shard} holds two samples of one name", "keys must be unique within a shard")
     return ShardIndex(
-        [image.name for image in images],
+        Names.of(image.name for image in images),
         np.array([image.offset for image in images], dtype=np.int64),
         np.array([image.size for image in images], dtype=np.int64),
         np.array(_read_classes(shard, [cls for _, cls in samples], classes), dtype=np.int64),

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from contextual_cnn.data.sources.class_names import check_no_class_is_empty, number_classes, read_class_names
-from contextual_cnn.data.sources.names import Indices, Names
+from contextual_cnn.data.sources.names import Indices, Names, compact
 from contextual_cnn.data.sources.shard_index import read_shard_index
 from contextual_cnn.data.sources.source import ImageSource
 from contextual_cnn.errors import UserError
@@ -20,7 +20,7 @@ from contextual_cnn.launcher import is_main_process
 from contextual_cnn.text import printable
 
 _WORTH_A_WORD = 64  # shards, whose indices take a moment
-_INDEX_READERS = 4  # more wait for Python's lock rather than for the disk
+_INDEX_READERS = 2  # more wait for Python's lock rather than for the disk, and leave their memory in pieces
 
 
 def shards_of(root: Path, split: str) -> list[Path]:
@@ -62,10 +62,10 @@ def open_tar_shards(root: Path, split: str, classes: tuple[str, ...] | None = No
         names,
         targets,
         files=_OpenFiles([str(shard) for shard in shards]),
-        shard_of=np.repeat(np.arange(len(shards), dtype=np.int32), [len(index.names) for index in indices]),
-        offsets=np.concatenate([index.offsets for index in indices]),
-        sizes=np.concatenate([index.sizes for index in indices]),
-        members=Names.of(name for index in indices for name in index.names),
+        shard_of=np.repeat(compact(np.arange(len(shards))), [len(index.names) for index in indices]),
+        offsets=compact(np.concatenate([index.offsets for index in indices])),
+        sizes=compact(np.concatenate([index.sizes for index in indices])),
+        members=Names.joined([index.names for index in indices]),
     )
 
 
