@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import torch
 
 from contextual_cnn.runs.checkpoint import load_checkpoint, step_of, write_checkpoint
 from contextual_cnn.runs.loggers import read_metrics
-from tests.conftest import ROOT, run_group, small_run
+from tests.conftest import ROOT, run_group, run_python, small_run
 from tests.helpers.endings import assert_same_end, checkpoint, losses, steps_logged
 from tests.helpers.facts import tells
 from tests.helpers.quick_start import Command, run
@@ -252,3 +253,37 @@ def marked(folder):
             if f"TEST_MARK={folder}".encode() in (process / "environ").read_bytes():
                 found.append((process / "cmdline").read_bytes())
     return found
+
+
+RESUMED = """
+import gc, runpy, sys
+import torch
+from contextual_cnn.engine.trainer import Trainer
+
+def fit(trainer, *_):
+    step = trainer.train_step
+    kept = {id(t) for model in step.evaluated().values() for t in model.state_dict(keep_vars=True).values()}
+    kept |= {id(t) for state in step.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)}
+    own = {t.untyped_storage().data_ptr() for t in gc.get_objects() if isinstance(t, torch.Tensor) and id(t) in kept}
+    others = {}
+    for t in gc.get_objects():
+        if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in own:
+            others[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+    print("left over:", sum(others.values()), "of", sum(t.nbytes for t in step.module.state_dict().values()))
+    return True
+
+Trainer.fit = fit
+sys.argv = sys.argv[1:]
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_nothing_of_the_checkpoint_is_kept_after_a_resume(image_root, tmp_path):
+    """It is as large as weights, average and moments together, in every process."""
+    command = small_run(image_root, tmp_path, "trainer.max_steps=2")
+    status, printed = run(*command, output=tmp_path / "output")
+    assert status == 0, printed
+    done = run_python("-c", RESUMED, *small_run(image_root, tmp_path, "trainer.max_steps=4"))
+    left, model = map(int, re.search(r"left over: (\d+) of (\d+)", done.stdout).groups())
+    assert "resuming" in done.stdout
+    assert left < 0.05 * model
