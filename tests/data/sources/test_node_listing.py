@@ -136,6 +136,17 @@ def test_nobody_waits_for_a_first_process_that_has_ended_with_a_mistake(node, tm
 
 
 @pytest.mark.run
+def test_what_an_earlier_listing_of_the_same_start_has_left_is_waited_out(node):
+    first = node(0, TEST_OF="/data")
+    assert first.stdout.readline() == "made\n"
+    assert first.stdout.readline().startswith("200000")
+    other = node(1, TEST_OF="/other data")
+    again = node(0, TEST_OF="/other data")
+    assert again.stdout.readline() == "made\n"
+    assert other.stdout.readline().startswith("200000")  # without having made it
+
+
+@pytest.mark.run
 def test_a_mistake_is_found_by_each(node):
     first, other = node(0, "5"), node(1, "5")
     assert [process.wait(60) for process in (first, other)] == [1, 1]

@@ -15,6 +15,7 @@ from contextual_cnn.errors import reported_status
 from contextual_cnn.launcher import launched
 
 _PATIENCE = 3600  # seconds for the first process of the node; then each makes its own
+_GRACE = 5  # seconds for another listing to be replaced by the one that is looked for
 _FAILED = b""
 
 
@@ -54,15 +55,21 @@ def _leave(note: Path, content: bytes) -> None:
 
 
 def _picked_up(note: Path, head: bytes, make: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + _PATIENCE
-    while time.monotonic() < deadline:
+    now = started = time.monotonic()
+    other_since: float | None = None
+    while now - started < _PATIENCE and now - (other_since or now) < _GRACE:
+        content: bytes | None = None
         with suppress(OSError):  # not there yet, or of a process that has ended: an earlier start's
-            if not (content := note.read_bytes()).startswith(head):  # failed, or of something else
-                return make()
-            return pickle.loads(content[len(head) :])
-        if reported_status() not in (None, "", "0"):  # the first process has ended before it came so far
+            content = note.read_bytes()
+            if content.startswith(head):
+                return pickle.loads(content[len(head) :])
+        if content == _FAILED or reported_status() not in (None, "", "0"):  # the first process has ended
             break
+        # An earlier one that is about to be replaced, or the first process has other data in mind
+        is_other = content is not None and not content.startswith(head)
+        other_since = (other_since or now) if is_other else None
         time.sleep(0.05)
+        now = time.monotonic()
     return make()
 
 
