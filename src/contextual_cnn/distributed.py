@@ -22,12 +22,16 @@ _TORCHS_TURN = 5  # seconds by which torch's own error, which tells more, may be
 
 @dataclass(frozen=True)
 class World:
-    """This process's place. rank counts over all nodes (data), local_rank over this node (device)."""
+    """This process's place. rank counts over all nodes (data), local_rank over this node (device).
+
+    patience: how long a collective waits, in every group of ranks.
+    """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    patience: timedelta = timedelta(minutes=10)
 
     @property
     def is_main(self) -> bool:
@@ -52,11 +56,13 @@ def process_group(device: str = "auto", timeout_minutes: float = 10) -> Iterator
     rank, size, local_rank = launched("RANK", 0), world_size(), launched("LOCAL_RANK", 0)
     _check_place(rank, size)
     where = choose_device(device, local_rank)
-    world = World(rank, size, local_rank, where)
+    # NCCL ends the process when its time is up: a minute after the watchdog has shown where it hangs
+    patience = timedelta(minutes=timeout_minutes + (where.type == "cuda"))
+    world = World(rank, size, local_rank, where, patience)
     if size == 1:
         yield world
         return
-    with SharedFailure(_join(where, timeout_minutes), rank, size) as failure:
+    with SharedFailure(_join(world, timeout_minutes), rank, size) as failure:
         try:
             yield world
         except RuntimeError as error:
@@ -79,31 +85,29 @@ def _check_place(rank: int, size: int) -> None:
         raise UserError(f"RANK={rank}, but WORLD_SIZE={size}: ranks count from 0", STARTED_BY)
 
 
-def _join(device: torch.device, timeout_minutes: float) -> dist.Store:
+def _join(world: World, timeout_minutes: float) -> dist.Store:
     """The store that the processes share, once all of them are there."""
-    timeout = timedelta(minutes=timeout_minutes)
-    # NCCL ends the process when its time is up: a minute after the watchdog has shown where it hangs
-    patience = timeout + timedelta(minutes=1) if device.type == "cuda" else timeout
+    is_cuda = world.device.type == "cuda"
     try:
-        store = _meet(timeout)
+        store = _meet(timedelta(minutes=timeout_minutes))
         # device_id makes NCCL connect now rather than in the middle of the first step
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            "nccl" if is_cuda else "gloo",
             store=store,
-            rank=launched("RANK", 0),
-            world_size=world_size(),
-            timeout=patience,
-            device_id=device if device.type == "cuda" else None,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=world.patience,
+            device_id=world.device if is_cuda else None,
         )
     except (dist.DistError, ValueError, TimeoutError) as error:
         if "NCCL" in str(error):
             raise LostProcess(
-                f"rank {os.environ.get('RANK')}: NCCL could not start ({str(error).splitlines()[0]:.150}); "
+                f"rank {world.rank}: NCCL could not start ({str(error).splitlines()[0]:.150}); "
                 "export NCCL_DEBUG=INFO says why; see to /dev/shm, and to the driver with nvidia-smi"
             ) from error
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise LostProcess(
-            f"rank {os.environ.get('RANK')}: {world_size()} processes were to meet at {place} within "
+            f"rank {world.rank}: {world.size} processes were to meet at {place} within "
             f"{timeout_minutes:g} min, and did not ({str(error).splitlines()[0]:.150})"
         ) from error
     return store

@@ -58,6 +58,8 @@ class SharedFailure:
         with contextlib.suppress(RuntimeError):  # the store has gone: all of them have ended, or rank 0 has
             if not isinstance(error, LostProcess):
                 self._tell(_cause_of(error, self._rank))
+            elif self._cause is None:  # nobody has said anything, and a store that is cut off never answers
+                return
             self._wait_for_all()
 
     def cause(self) -> Cause | None:

@@ -148,6 +148,19 @@ def test_a_process_that_always_dies_is_not_restarted_for_ever(tmp_path):
     assert tells(launched.printed, "exitcode", "-9")
 
 
+def test_torchrun_bears_an_outage_as_long_as_the_processes_do(tmp_path):
+    """It ends a run whose store does not answer for 60 s, unless it is told otherwise; the last word is the user's."""
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\necho "$@"\n')
+    python.chmod(0o755)
+    own = ("--rdzv-conf", "read_timeout=5")
+    launched = Launched(tmp_path, "train.py", nodes=own, PYTHON=str(python))
+    assert launched.wait() == 0
+    ours, users = launched.printed.split("--rdzv-conf")[1:]
+    assert ours.split()[0] == "read_timeout=600"
+    assert users.split() == ["read_timeout=5", "train.py"]
+
+
 def test_a_process_that_does_not_end_when_it_is_told_is_killed(tmp_path):
     script = tmp_path / "deaf.sh"
     script.write_text(f"trap '' TERM; touch {tmp_path}/$LOCAL_RANK; while :; do sleep 0.1; done\n")

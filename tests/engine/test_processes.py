@@ -5,7 +5,7 @@ import pytest
 
 from contextual_cnn.settings.model import ModelSettings
 from tests.helpers.small_models import small
-from tests.helpers.steps_in_processes import CLASSES, train
+from tests.helpers.steps_in_processes import CLASSES, train, wait_in_the_first_step
 
 pytestmark = pytest.mark.run
 
@@ -34,6 +34,12 @@ def test_processes_with_smaller_micro_batches_train_the_same_model(model, alone,
         np.testing.assert_allclose(rank["losses"], expected[0]["losses"], rtol=1e-9)
         for name, value in expected[0]["state"].items():
             np.testing.assert_allclose(rank["state"][name], value, rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("model", ["contextual"], indirect=True)
+def test_a_norm_over_ranks_waits_no_longer_than_the_run(model, tmp_path):
+    """The group of ranks that share a statistic has torch's own patience, half an hour, unless it is told ours."""
+    assert "did not answer within 0.05 min" in wait_in_the_first_step(model, tmp_path / "told")
 
 
 def test_without_joining_another_model_is_trained(model, alone):

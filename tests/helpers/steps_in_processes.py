@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +15,7 @@ from contextual_cnn.batch_plan import BatchPlan
 from contextual_cnn.contracts import Batch
 from contextual_cnn.distributed import process_group
 from contextual_cnn.engine.training_step import TrainingStep
+from contextual_cnn.errors import LostProcess
 from contextual_cnn.optim import build_optimizer, build_schedule
 from contextual_cnn.randomness import Purpose, seed_all
 from contextual_cnn.settings.augment import AugmentSettings
@@ -33,14 +36,42 @@ GLOBAL, CLASSES, STEPS = 16, 5, 3
 
 def train(model: ModelSettings, world_size: int, micro_batch: int, **trainer: Any) -> list[dict[str, Any]]:
     """What each rank has in the end: "losses" of the steps (over all ranks) and "state" of the model."""
+    with ProcessPoolExecutor(world_size, mp_context=_context) as pool:
+        started = [pool.submit(_rank, place, model, micro_batch, trainer) for place in _places(world_size)]
+        return [rank.result(timeout=120) for rank in started]
+
+
+def wait_in_the_first_step(model: ModelSettings, told: Path) -> str:
+    """The error of the first of two ranks, whose patience is 0.05 min; the second one does nothing until `told`."""
+    with ProcessPoolExecutor(2, mp_context=_context) as pool:
+        started = [pool.submit(_step_or_wait, place, model, told) for place in _places(2)]
+        try:
+            return started[0].result(timeout=30)
+        finally:
+            told.touch()
+
+
+def _places(world_size: int) -> list[dict[str, Any]]:
     port = free_port()
-    places = [
+    return [
         dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         for rank in range(world_size)
     ]
-    with ProcessPoolExecutor(world_size, mp_context=_context) as pool:
-        started = [pool.submit(_rank, place, model, micro_batch, trainer) for place in places]
-        return [rank.result(timeout=120) for rank in started]
+
+
+def _step_or_wait(place: dict[str, Any], model: ModelSettings, told: Path) -> str:
+    os.environ.update({name: str(value) for name, value in place.items()})
+    plan = BatchPlan.make(images=1000, global_batch=GLOBAL, micro_batch=GLOBAL // 2, world_size=2)
+    try:
+        with process_group("cpu", 0.05) as world:
+            step = training_step(model, Position(plan, 7, world))
+            if world.is_main:
+                step(0, micro_batches(plan, 0, 0))
+            while not told.exists():
+                time.sleep(0.05)
+    except LostProcess as error:
+        return str(error)
+    return ""
 
 
 def _rank(place: dict[str, Any], model: ModelSettings, micro_batch: int, trainer: dict[str, Any]) -> dict[str, Any]:

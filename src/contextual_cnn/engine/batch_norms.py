@@ -5,6 +5,7 @@ over the micro-batches of several ranks; in the second case gradients cross the 
 move once for each optimizer step, towards the mean of all its statistics, and are the same on every rank.
 """
 
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -24,17 +25,18 @@ class BatchNorms:
     Args:
         model: on its device; its batch norms are changed in place. What else has running statistics is left alone.
         groups: how the images are shared out over the statistics; called for by all ranks at once.
+        patience: how long a rank waits for the others of its statistics; None is torch's half an hour.
 
     Attributes:
         images: of a statistic.
         managed: their buffers.
     """
 
-    def __init__(self, model: nn.Module, plan: BatchPlan, groups: NormPlan) -> None:
+    def __init__(self, model: nn.Module, plan: BatchPlan, groups: NormPlan, patience: timedelta | None = None) -> None:
         self.images = groups.images
         self._norms = [_grouped(module, groups) for module in model.modules() if _is_batch_norm(module)]
         if self._norms and groups.ranks > 1:
-            ranks, _ = dist.new_subgroups(groups.ranks)
+            ranks, _ = dist.new_subgroups(groups.ranks, timeout=patience)
             for norm in self._norms:
                 norm.process_group = ranks
         self._statistics = plan.global_batch // groups.images  # of a step

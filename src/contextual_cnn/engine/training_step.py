@@ -67,7 +67,7 @@ class TrainingStep:
         self._draws = DRAWS if state is None else state.get("draws", 1)
         self._normed_before = state and state.get("norm_images")
         self._drop_paths = DropPaths(model, position.plan.micro_batch, world.device) if self._draws > 1 else None
-        self.norms = BatchNorms(model, position.plan, self._norm_plan())
+        self.norms = BatchNorms(model, position.plan, self._norm_plan(), world.patience)
         managed = set(map(id, self.norms.managed))
         self._buffers = [buffer for buffer in model.buffers() if id(buffer) not in managed]
         self._compiled: dict[str, Any] = {}  # for evaluations, which compile when the first one comes
