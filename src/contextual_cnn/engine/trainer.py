@@ -58,7 +58,9 @@ class Trainer:
         self._ended_step = 0  # the last step after which the end of an epoch has been dealt with
         if state is not None:
             self.step, self.best, self._ended_step = state["step"], state["best"], state["ended_step"]
-        self._watchdog, self._phase = Watchdog(60 * settings.timeout_minutes, self.world.rank), "start"
+        # After those that wait for this process have given it up, and before NCCL would end it
+        timeout = 60 * settings.timeout_minutes
+        self._watchdog, self._phase = Watchdog(timeout + min(30, timeout / 4), self.world.rank), "start"
         self._stalls, self._skipped, self._memory = StallWatch(), SkippedSteps(settings), GrowthWatch()
 
     def fit(self, logger: MetricsLogger, console: Console, request: StopRequest) -> bool:
