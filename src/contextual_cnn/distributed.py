@@ -56,7 +56,7 @@ def process_group(device: str = "auto", timeout_minutes: float = 10) -> Iterator
     rank, size, local_rank = launched("RANK", 0), world_size(), launched("LOCAL_RANK", 0)
     _check_place(rank, size)
     where = choose_device(device, local_rank)
-    # NCCL ends the process when its time is up: a minute after the watchdog has shown where it hangs
+    # NCCL ends the process when its time is up: after the watchdog has shown where it hangs
     patience = timedelta(minutes=timeout_minutes + (where.type == "cuda"))
     world = World(rank, size, local_rank, where, patience)
     if size == 1:
