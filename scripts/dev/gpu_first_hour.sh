@@ -83,7 +83,7 @@ if [ ${#compiled[@]} -gt 0 ]; then
         "${launch[@]}" "${train[@]}" "${noise[@]}" run_name=compiled "${compiled[@]}" trainer.max_steps=12
 fi
 step stop 300 75 bash -c '"$@" & launcher=$!
-    until grep -q " step 4/" "$0" || ! kill -0 $launcher; do sleep 0.2; done
+    until grep -q "^epoch 1 step " "$0" || ! kill -0 $launcher; do sleep 0.2; done
     kill -USR1 $launcher; wait $launcher; status=$?
     while kill -0 $launcher 2>/dev/null; do wait $launcher; status=$?; done; exit $status' \
     "$out/stop.log" "${launch[@]}" "${train[@]}" "${noise[@]}" run_name=stop
@@ -94,7 +94,10 @@ step evaluate 600 0 "${launch[@]}" evaluate.py checkpoint="$out/runs/real" devic
 
 # The other scripts, and the tests that need a GPU
 image=$(find "$ROOT/val" -type f | head -n 1)
-step predict 120 0 "$PYTHON" scripts/model/predict.py "$image" --checkpoint "$out/runs/real" --output "$out/prediction.png"
+step predict 120 0 "$PYTHON" scripts/model/predict.py "$image" --checkpoint "$out/runs/real" --output "$out/prediction.png" \
+    --device $device
+step analyze 300 0 "$PYTHON" scripts/analysis/analyze.py gradcam embeddings sampling weights shortlist recall \
+    --checkpoint "$out/runs/real" --stage 3 --output "$out/figures" --device $device
 step export 300 0 "$PYTHON" scripts/model/export.py --checkpoint "$out/runs/real" --format torch_export --output "$out/export"
 step tests 900 0 env TEST_GPU=$device "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests
 

@@ -21,4 +21,4 @@ def test_the_list_passes_on_a_cpu(tmp_path):
     assert "expected" not in summary
     steps = [line.partition(":")[0] for line in summary.splitlines()]
     assert steps[:3] == ["machine", "doctor", "dali"]
-    assert {"lose_mistake", "lose_kill", "lose_exit", "lose_hang", "stop", "evaluate", "tests"} <= set(steps)
+    assert {"lose_mistake", "lose_kill", "lose_exit", "lose_hang", "stop", "evaluate", "analyze", "tests"} <= set(steps)
