@@ -72,6 +72,7 @@ def _reproducible():
 def wake_up(model):
     """Gives every zero-initialised generator of offsets some weight, as training would."""
     stds = {"weight_offset.out": 0.1, "sampling_offset.out": 0.5, "from_context": 0.1, "offset_mask": 0.1}
+    stds["scale_shift.out"] = 0.1
     for name, module in model.named_modules():
         std = next((std for end, std in stds.items() if name.endswith(end)), None)
         if std is not None and module is not None:

@@ -37,7 +37,7 @@ GROUPS = ("model", "data", "augment", "loss", "optimizer", "schedule", "trainer"
 OPTIONS = [
     (path.parent.name, path.stem)
     for path in sorted(CONF.glob("*/*.yaml"))
-    if path.parent.name not in ("evaluate", "local")
+    if path.parent.name not in ("evaluate", "local") and not path.name.startswith("_")  # a part of others
 ]
 
 

@@ -22,6 +22,7 @@ from contextual_cnn.runs.environment import environment, print_report
 from contextual_cnn.runs.loggers import read_metrics
 
 ROOT = Path(__file__).parents[2]
+CURES = ["model.context_init=trunc_normal", "model.generator_norm=batch", "model.generator_width=8"]
 VARIANTS = {
     "a1": ("plain twin", ["model.convolution=plain"]),
     "a1-wide": (
@@ -33,13 +34,14 @@ VARIANTS = {
     "a5": ("contextual convolutions", []),
     "a5-reduce": ("a5 with the paper's selection", ["model.selection=reduce"]),
     "a5-layer": ("a5 with the paper's norm of the projection", ["model.projection_norm=layer"]),
-    "a5-blind": ("a5 with a context that is the same for all images", []),
     "a5-short": ("a5 with shorter shortlists", []),
+    "a5-blind": ("a5 with the same context for all images", ["model.context_of=blind"]),
+    "a5-told": ("a5 with the true class in every shortlist", ["model.context_of=told"]),
+    "cures": ("a5 with a context that is easier to read", CURES),
+    "cures-blind": ("cures with the same context for all images", [*CURES, "model.context_of=blind"]),
+    "cures-told": ("cures with the true class in every shortlist", [*CURES, "model.context_of=told"]),
 }
-CLASS_COUNTS = {
-    "a5-blind": {"glyphs": "[186,185,184]", "fashion": "[10,9,8]"},  # all are kept, or nearly
-    "a5-short": {"glyphs": "[20,10,5]", "fashion": "[4,3,2]"},
-}
+CLASS_COUNTS = {"a5-short": {"glyphs": "[20,10,5]", "fashion": "[4,3,2]"}}
 METRICS = ["val_ema/top1", *(f"val_ema/recall_stage{stage}" for stage in (1, 2, 3))]
 
 

@@ -49,7 +49,7 @@ def test_fashion_becomes_class_folders_and_the_variants_a_table(source, tmp_path
     rows = {row["variant"]: row for row in json.loads(done.stdout)["results"]}
     assert 0 <= rows["a1"]["val_ema/top1"]["mean"] <= 100
     assert "val_ema/recall_stage1" not in rows["a1"]
-    assert rows["a5-blind"]["val_ema/recall_stage1"]["mean"] == 100  # all ten classes are kept
+    assert rows["a5-blind"]["val_ema/recall_stage1"]["mean"] < 100  # of its own shortlists, which it does not see
     chosen.remove("a5-blind")
     again = run_command("scripts/dev/evidence.py", *small, *chosen)
     assert json.loads(again.stdout)["results"] == [rows["a1"]]

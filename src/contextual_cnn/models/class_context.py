@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contextual_cnn.contracts import at_least_float32
-from contextual_cnn.settings.model import ProjectionNorm
+from contextual_cnn.settings.model import ContextInit, Norm
 
 FEWEST_CLASSES = 3  # as many as shortlists, each shorter than the one before
 _MAX_INVERSE_TEMPERATURE = 100.0  # CLIP's clamp
@@ -43,7 +43,7 @@ class ClassEmbeddings(nn.Module):
 class Projection(nn.Sequential):
     """A stage's map to the space of the class embeddings: GAP, FC, norm, ReLU, FC (section 3.2, classifying).
 
-    The hidden width C is the released code's.
+    The hidden width C is the released ConvNeXt's; the released ResNet has C / 4.
 
     Args:
         norm: "layer" (the paper) or "batch" (the released code's ResNet). Pooled features of different images point
@@ -51,15 +51,20 @@ class Projection(nn.Sequential):
             takes out what all images share. Why it is the default: docs/evidence.md.
     """
 
-    def __init__(self, channels: int, embedding_dim: int, norm: ProjectionNorm) -> None:
+    def __init__(self, channels: int, embedding_dim: int, norm: Norm) -> None:
         super().__init__(
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
             nn.Linear(channels, channels),
-            _BatchNorm(channels) if norm == "batch" else nn.LayerNorm(channels),
+            vector_norm(norm, channels),
             nn.ReLU(),
             nn.Linear(channels, embedding_dim),
         )
+
+
+def vector_norm(norm: Norm, features: int) -> nn.Module:
+    """Of (B, features): "layer", over each image's features, or "batch", of each feature over the images."""
+    return _BatchNorm(features) if norm == "batch" else nn.LayerNorm(features)
 
 
 class _BatchNorm(nn.BatchNorm1d):
@@ -77,19 +82,45 @@ class Merging(nn.Module):
 
     The first FC sees one class at a time, so it runs once over the table instead of once per image and class;
     the mean over an image's shortlist is then a product with a (B, N) matrix of 0 and 1/k.
+
+    Args:
+        norm: the last one. "layer" (the paper) leaves what the contexts of all images share, "batch" takes it out.
     """
 
-    def __init__(self, embedding_dim: int) -> None:
+    def __init__(self, embedding_dim: int, norm: Norm = "layer") -> None:
         super().__init__()
         hidden = max(embedding_dim // 4, 128)  # released code
         self.before = nn.Sequential(nn.Linear(embedding_dim, hidden), nn.LayerNorm(hidden), nn.ReLU())
-        self.after = nn.Sequential(nn.Linear(hidden, embedding_dim), nn.LayerNorm(embedding_dim), nn.ReLU())
+        self.after = nn.Sequential(nn.Linear(hidden, embedding_dim), vector_norm(norm, embedding_dim), nn.ReLU())
 
-    def forward(self, embeddings: Tensor, shortlist: Tensor) -> Tensor:
-        """(N, E) table and (B, k) kept classes -> (B, E) context."""
+    def forward(self, embeddings: Tensor, shortlist: Tensor, scores: Tensor | None = None) -> Tensor:
+        """(N, E) table and (B, k) kept classes -> (B, E) context.
+
+        Args:
+            scores: (B, N) logits; the mean is weighted by their softmax over the shortlist, so that the context has a
+                gradient to the ranking. Without them all kept classes weigh the same (the paper).
+        """
         table = self.before(embeddings)  # (N, h)
-        share = table.new_zeros(shortlist.shape[0], table.shape[0]).scatter_(1, shortlist, 1 / shortlist.shape[1])
+        share = table.new_zeros(shortlist.shape[0], table.shape[0])
+        if scores is None:
+            share = share.scatter_(1, shortlist, 1 / shortlist.shape[1])
+        else:
+            share = share.scatter(1, shortlist, scores.gather(1, shortlist).softmax(dim=1).to(share.dtype))
         return self.after(share @ table)
+
+
+def initialize(modules: nn.Module, init: ContextInit) -> None:
+    """The linear layers of projections and mergings.
+
+    Args:
+        init: "uniform" is torch's own (and the released ResNet's); "trunc_normal" the released ConvNeXt's, standard
+            deviation 0.02 and no bias. The class embeddings are as small, so that torch's biases make up 90 % of what
+            merging makes of a class at first, and all contexts start almost the same.
+    """
+    for module in modules.modules():
+        if init == "trunc_normal" and isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
 
 
 def default_class_counts(num_classes: int) -> tuple[int, int, int]:

@@ -2,12 +2,25 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
+
+from torch import nn
 
 from contextual_cnn.contracts import STAGES
-from contextual_cnn.settings.model import Convolution, ProjectionNorm, Selection
+from contextual_cnn.models.contextual_conv import Generators, replace_convolution
+from contextual_cnn.settings.model import ContextInit, ContextOf, Convolution, Merge, Norm, Selection
 
 WITHOUT_CONTEXT = ("without_prior", "deformable", "plain")
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "selection": get_args(Selection),
+    "projection_norm": get_args(Norm),
+    "context_norm": get_args(Norm),
+    "generator_norm": get_args(Norm),
+    "context_init": get_args(ContextInit),
+    "merge": get_args(Merge),
+    "context_of": get_args(ContextOf),
+    "convolution": get_args(Convolution),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +31,13 @@ class ContextOptions:
         1000.
     embedding_dim: E = d = 256 in the paper (table 6).
     projection_norm: between the layers of a projection, see `Projection`.
+    context_norm: the last of merging, see `Merging`.
+    context_init: see `initialize`.
+    merge: how the classes of a shortlist weigh in its context. "mean" (the paper): all the same. "scores": by the
+        softmax of the stage's logits over the shortlist.
+    context_of: a control, for experiments about the context. "shortlist" is the model; "told" puts the true class into
+        the shortlist, in place of the least likely where it is missing, in training and in evaluations: the most that a
+        context can tell. "blind" merges all classes for every image: a context that tells nothing.
     selection: what a stage classifies. "reduce" (the paper): only what the stage before kept; a class once dropped
         never returns. "rerank" (the released code's later form): all classes, at every stage; only the context uses
         the shortlist. See docs/staged-loss.md for why rerank is the default.
@@ -25,7 +45,7 @@ class ContextOptions:
         each, but before stage 1, whose context is merged from all classes, and after the last stage.
     contextual_every: N makes the first of every N blocks of a contextual stage contextual (the paper: 3 for ConvNeXt,
         nothing for ResNet; the released ResNet's default is 2).
-    convolution, mask: see `replace_convolution`.
+    convolution, mask, generator_norm, generator_width, offset_bias: see `replace_convolution` and `Generators`.
 
     Raises:
         ValueError: a choice that there is not.
@@ -33,18 +53,26 @@ class ContextOptions:
 
     class_counts: Sequence[int] | None = None
     embedding_dim: int = 256
-    projection_norm: ProjectionNorm = "batch"
+    projection_norm: Norm = "batch"
+    context_norm: Norm = "layer"
+    context_init: ContextInit = "uniform"
+    merge: Merge = "mean"
+    context_of: ContextOf = "shortlist"
     selection: Selection = "rerank"
     contextual_stages: Sequence[int] = (2, 3, 4)
     contextual_every: int
     convolution: Convolution = "contextual"
     mask: bool = False
+    generator_norm: Norm = "layer"
+    generator_width: int = 1
+    offset_bias: bool = True
 
     def __post_init__(self) -> None:
-        if self.selection not in ("rerank", "reduce"):
-            raise ValueError(f"selection must be 'rerank' or 'reduce', got {self.selection!r}")
-        if self.projection_norm not in ("batch", "layer"):
-            raise ValueError(f"projection_norm must be 'batch' or 'layer', got {self.projection_norm!r}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}")
+        if self.context_of != "shortlist" and not self.has_context:
+            raise ValueError(f"context_of={self.context_of!r}: convolution={self.convolution!r} has no context")
         stages = list(self.contextual_stages)
         if not stages or sorted(set(stages) & set(range(1, STAGES + 1))) != stages:
             raise ValueError(f"contextual_stages must be some of 1, 2, 3, 4 in order, got {stages}")
@@ -53,6 +81,16 @@ class ContextOptions:
     def has_context(self) -> bool:
         """Whether a model of these options has one: the ablations without are plain models, head and all."""
         return self.convolution not in WITHOUT_CONTEXT
+
+    @property
+    def generators(self) -> Generators:
+        """Of the offsets' generators."""
+        return Generators(self.generator_norm, self.generator_width, self.offset_bias)
+
+    def replace(self, conv: nn.Conv2d) -> nn.Module:
+        """What takes the place of a plain convolution."""
+        context_dim = self.embedding_dim if self.has_context else 0
+        return replace_convolution(conv, self.convolution, context_dim, self.generators, self.mask)
 
 
 CONTEXT_KEYS = tuple(option.name for option in fields(ContextOptions))

@@ -7,7 +7,7 @@ computed.
 Shapes: B images, C input channels, O output channels, H W map, Ho Wo output map, E context size, K kernel taps.
 """
 
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from timm.layers import LayerNorm2d
@@ -15,18 +15,42 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from contextual_cnn.contracts import at_least_float32
+from contextual_cnn.models.class_context import vector_norm
 from contextual_cnn.ops import contextual_conv2d
 from contextual_cnn.ops.sampled_conv import implementation_on
-from contextual_cnn.settings.model import Convolution
+from contextual_cnn.settings.model import Convolution, Norm
 
 
-def replace_convolution(conv: nn.Conv2d, kind: Convolution, context_dim: int, mask: bool = False) -> nn.Module:
+class Generators(NamedTuple):
+    """What may be chosen about the layers that make offsets, scales and masks of features and context.
+
+    norm: "layer" (the paper) or "batch" (the released ResNet). What they are given is nearly the same for all images:
+        pooled features, and a context behind a ReLU. A layer norm leaves that, a batch norm takes it out.
+    width: hidden units of `WeightOffset`, at least; the released code's share of the channels leaves a narrow model 3.
+    bias: of the last layer of `WeightOffset`. It is a second static kernel, which weight decay spares.
+    """
+
+    norm: Norm = "layer"
+    width: int = 1
+    bias: bool = True
+
+
+PAPERS_GENERATORS = Generators()
+
+
+def replace_convolution(
+    conv: nn.Conv2d,
+    kind: Convolution,
+    context_dim: int,
+    generators: Generators = PAPERS_GENERATORS,
+    mask: bool = False,
+) -> nn.Module:
     """What takes the place of a plain convolution.
 
     Args:
         kind: contextual is the paper's model (a5, b4). The others are rows of its ablations: weight_offsets or
             sampling_offsets alone (b2, b3), the context as extra_input to the plain convolution (a2, b1), contextual
-            convolutions without_prior (a3), deformable convolutions (a4), plain (a1).
+            convolutions without_prior (a3), deformable convolutions (a4), plain (a1). Not the paper's: scale_shift.
         mask: of the kinds that generate offsets, see `ContextualConv2d`.
     """
     if kind == "plain":
@@ -35,9 +59,12 @@ def replace_convolution(conv: nn.Conv2d, kind: Convolution, context_dim: int, ma
         return DeformableConv2d(conv)
     if kind == "extra_input":
         return ExtraInputConv2d(conv, context_dim)
+    if kind == "scale_shift":
+        return ScaleShiftConv2d(conv, context_dim, generators)
     return ContextualConv2d(
         conv,
         context_dim if kind != "without_prior" else 0,
+        generators,
         weight_offsets=kind != "sampling_offsets",
         sampling_offsets=kind != "weight_offsets",
         mask=mask,
@@ -90,6 +117,7 @@ class ContextualConv2d(_Replacement):
         self,
         conv: nn.Conv2d,
         context_dim: int,
+        generators: Generators = PAPERS_GENERATORS,
         *,
         weight_offsets: bool = True,
         sampling_offsets: bool = True,
@@ -97,9 +125,9 @@ class ContextualConv2d(_Replacement):
     ) -> None:
         super().__init__(conv)
         taps = self.weight[0, 0].numel()
-        self.weight_offset = WeightOffset(conv, context_dim) if weight_offsets else None
-        self.sampling_offset = TapMaps(conv, context_dim, 2 * taps) if sampling_offsets else None
-        self.mask = TapMaps(conv, context_dim, taps) if mask else None
+        self.weight_offset = WeightOffset(conv, context_dim, generators) if weight_offsets else None
+        self.sampling_offset = TapMaps(conv, context_dim, 2 * taps, generators.norm) if sampling_offsets else None
+        self.mask = TapMaps(conv, context_dim, taps, generators.norm) if mask else None
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(B, C, H, W) features and (B, E) context -> (B, O, Ho, Wo)."""
@@ -121,20 +149,29 @@ class WeightOffset(nn.Module):
     The hidden width, C / 16 for 7x7 and C / 4 for 3x3, is the released code's.
     """
 
-    def __init__(self, conv: nn.Conv2d, context_dim: int) -> None:
+    def __init__(self, conv: nn.Conv2d, context_dim: int, generators: Generators) -> None:
         super().__init__()
         self.kernel_size = tuple(conv.kernel_size)
         channels, taps = conv.in_channels, self.kernel_size[0] * self.kernel_size[1]
-        hidden = max(channels // (16 if taps > 9 else 4), 1)
-        self.hidden = nn.Sequential(nn.Linear(channels + context_dim, hidden), nn.LayerNorm(hidden), nn.ReLU())
-        self.out = nn.Linear(hidden, channels * taps)
+        width = max(channels // (16 if taps > 9 else 4), generators.width)
+        self.hidden = _hidden_layer(channels + context_dim, width, generators.norm)
+        self.out = nn.Linear(width, channels * taps, bias=generators.bias)
         _zero(self.out)
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         """(B, C, H, W), (B, E) -> (B, C, kh, kw)."""
-        pooled = x.mean(dim=(2, 3))
-        hidden = self.hidden(torch.cat([pooled, context], dim=1) if context is not None else pooled)
-        return self.out(hidden).view(*x.shape[:2], *self.kernel_size)
+        return self.out(self.hidden(_pooled_with(x, context))).view(*x.shape[:2], *self.kernel_size)
+
+
+def _hidden_layer(inputs: int, width: int, norm: Norm) -> nn.Sequential:
+    """(B, inputs) -> (B, width)."""
+    return nn.Sequential(nn.Linear(inputs, width), vector_norm(norm, width), nn.ReLU())
+
+
+def _pooled_with(x: Tensor, context: Tensor | None) -> Tensor:
+    """(B, C, H, W), (B, E) -> (B, C + E)."""
+    pooled = x.mean(dim=(2, 3))
+    return torch.cat([pooled, context], dim=1) if context is not None else pooled
 
 
 class TapMaps(nn.Module):
@@ -146,11 +183,11 @@ class TapMaps(nn.Module):
     The last convolution has size, stride and dilation of the one that it makes offsets for.
     """
 
-    def __init__(self, conv: nn.Conv2d, context_dim: int, maps: int) -> None:
+    def __init__(self, conv: nn.Conv2d, context_dim: int, maps: int, norm: Norm) -> None:
         super().__init__()
         self.from_features = nn.Conv2d(conv.in_channels, maps, 1)
         self.from_context = nn.Linear(context_dim, maps, bias=False) if context_dim else None
-        self.norm = LayerNorm2d(maps)
+        self.norm = nn.BatchNorm2d(maps) if norm == "batch" else LayerNorm2d(maps)
         self.act = nn.ReLU()
         self.out = nn.Conv2d(maps, maps, **_options_of(conv), groups=maps)
         _zero(self.out)
@@ -189,6 +226,38 @@ class ExtraInputConv2d(_Replacement):
         """(B, C, H, W) features and (B, E) context -> (B, O, Ho, Wo)."""
         expanded = context[:, :, None, None].expand(-1, -1, *x.shape[2:])
         return conv2d(x, self.weight, self.bias, **self.geometry, groups=self.groups) + self.from_context(expanded)
+
+
+class ScaleShiftConv2d(_Replacement):
+    """A plain convolution whose output is scaled and shifted by image and channel (FiLM, Perez et al., 2018).
+
+    It costs much less than offsets do.
+    """
+
+    def __init__(self, conv: nn.Conv2d, context_dim: int, generators: Generators) -> None:
+        super().__init__(conv)
+        self.groups = conv.groups
+        self.scale_shift = ScaleShift(conv, context_dim, generators)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """(B, C, H, W) features and (B, E) context -> (B, O, Ho, Wo)."""
+        scale, shift = self.scale_shift(x, context)[:, :, None, None].chunk(2, dim=1)
+        return conv2d(x, self.weight, self.bias, **self.geometry, groups=self.groups) * (1 + scale) + shift
+
+
+class ScaleShift(nn.Module):
+    """[GAP(x), context] -> FC, norm, ReLU, FC -> scale - 1 and shift, through C / 4 hidden units."""
+
+    def __init__(self, conv: nn.Conv2d, context_dim: int, generators: Generators) -> None:
+        super().__init__()
+        width = max(conv.in_channels // 4, generators.width)
+        self.hidden = _hidden_layer(conv.in_channels + context_dim, width, generators.norm)
+        self.out = nn.Linear(width, 2 * conv.out_channels, bias=generators.bias)
+        _zero(self.out)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """(B, C, H, W), (B, E) -> (B, 2 O)."""
+        return self.out(self.hidden(_pooled_with(x, context)))
 
 
 class DeformableConv2d(_Replacement):

@@ -25,6 +25,7 @@ from contextual_cnn.models.class_context import (
     Projection,
     check_class_counts,
     default_class_counts,
+    initialize,
     scale_class_counts,
 )
 from contextual_cnn.models.context_options import ContextOptions
@@ -71,12 +72,15 @@ class ContextualModel(nn.Module):
         self.class_counts = tuple(counts) if counts is not None else default_class_counts(classes)
         check_class_counts(classes, self.class_counts)
         self.selection, self.contextual_stages = options.selection, tuple(options.contextual_stages)
+        self.merge, self.context_of = options.merge, options.context_of
         channels, width = [info["num_chs"] for info in feature_info[-STAGES:]], options.embedding_dim
         # Keyed by the stage that they follow or precede
         self.projections = nn.ModuleDict(
             {str(i): Projection(channels[i - 1], width, options.projection_norm) for i in self.classified_stages}
         )
-        self.mergings = nn.ModuleDict({str(i): Merging(width) for i in self.contextual_stages})
+        self.mergings = nn.ModuleDict({str(i): Merging(width, options.context_norm) for i in self.contextual_stages})
+        for steps in (self.projections, self.mergings):
+            initialize(steps, options.context_init)
         self.class_embeddings = ClassEmbeddings(classes, width)
         self.head_drop = nn.Dropout(drop_rate)
         self.num_features, self.head_hidden_size = channels[-1], width
@@ -105,22 +109,23 @@ class ContextualModel(nn.Module):
         """k of each classification but the last, by the stage that it follows."""
         return {stage: self.class_counts[stage - 1] for stage in self.classified_stages[:-1]}
 
-    def forward(self, images: Tensor, staged: bool | None = None) -> StagedScores | Tensor:
+    def forward(self, images: Tensor, staged: bool | None = None, told: Tensor | None = None) -> StagedScores | Tensor:
         """(B, 3, H, W) -> the scores of every stage in training; dense (B, N) logits in eval, as any timm model.
 
         Without a classifier: what `forward_head` gives, in both modes.
 
         Args:
             staged: True or False to choose regardless of the mode.
+            told: (B,) true classes, -1 where unknown; only a model of context_of="told" looks at them.
         """
         if not self.num_classes:
             return self.forward_head(self.forward_features(images))
-        scores = self.forward_stages(images)
+        scores = self.forward_stages(images, told)
         return scores if (self.training if staged is None else staged) else scores.logits[-1]
 
-    def forward_stages(self, images: Tensor) -> StagedScores:
-        """(B, 3, H, W) -> logits of all classifications and the shortlists of all but the last."""
-        maps, logits, shortlists = self._run(images)
+    def forward_stages(self, images: Tensor, told: Tensor | None = None) -> StagedScores:
+        """(B, 3, H, W) -> logits of all classifications and the model's own shortlists after all but the last."""
+        maps, logits, shortlists = self._run(images, told=told)
         last = self._select(self.forward_head(maps[-1]), shortlists)
         return StagedScores((*logits, last), tuple(shortlists), self.classified_stages)
 
@@ -190,7 +195,9 @@ class ContextualModel(nn.Module):
         """1 if the stem's map is one of the features."""
         return len(self.feature_info) - STAGES
 
-    def _run(self, images: Tensor, stages: int = STAGES) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def _run(
+        self, images: Tensor, stages: int = STAGES, told: Tensor | None = None
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Features -> scores -> shortlist -> context -> the next stage's features.
 
         Returns:
@@ -201,23 +208,29 @@ class ContextualModel(nn.Module):
         shortlists: list[Tensor] = []
         for stage, blocks in enumerate(self.stage_blocks()[:stages], start=1):
             x = maps[-1]
-            context = self._context(stage, x, shortlists) if stage in self.contextual_stages else None
+            context = self._context(stage, x, shortlists, logits, told) if stage in self.contextual_stages else None
             for block in blocks:
                 x = self._forward_block(block, x, context)
             maps.append(x)
             if stage < stages and stage + 1 in self.contextual_stages:
                 logits.append(self._select(self.class_embeddings(self.projections[str(stage)](x)), shortlists))
-                # sorted=False: the context is a mean, which has no order
-                best = logits[-1].detach().topk(self.class_counts[stage - 1], dim=1, sorted=False)
+                # Unsorted, as the context is a mean and has no order; but the truth takes the place of the least likely
+                best = logits[-1].detach().topk(self.class_counts[stage - 1], dim=1, sorted=self.context_of == "told")
                 shortlists.append(best.indices)
         return maps, logits, shortlists
 
-    def _context(self, stage: int, x: Tensor, shortlists: list[Tensor]) -> Tensor:
+    def _context(
+        self, stage: int, x: Tensor, shortlists: list[Tensor], logits: list[Tensor], told: Tensor | None
+    ) -> Tensor:
         """(B, E), merged from the classes that the stage considers; before stage 1 those are all."""
         table = self.class_embeddings.weight
-        everything = torch.arange(table.shape[0], device=x.device).expand(x.shape[0], -1)
-        shortlist = shortlists[-1] if stage > 1 else everything
-        return self.mergings[str(stage)](table, shortlist)
+        if stage == 1 or self.context_of == "blind":
+            everything = torch.arange(table.shape[0], device=x.device).expand(x.shape[0], -1)
+            return self.mergings[str(stage)](table, everything)
+        shortlist = shortlists[-1]
+        if self.context_of == "told" and told is not None:
+            shortlist = _with(told, shortlist)
+        return self.mergings[str(stage)](table, shortlist, logits[-1] if self.merge == "scores" else None)
 
     def _select(self, scores: Tensor, shortlists: Sequence[Tensor]) -> Tensor:
         """The stage's (B, N) logits; with "reduce", -inf where the classification before dropped the class."""
@@ -265,6 +278,13 @@ class ContextualModel(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the blocks' activations in the backward pass instead of keeping them."""
         self.grad_checkpointing = enable
+
+
+def _with(told: Tensor, shortlist: Tensor) -> Tensor:
+    """(B, k), best first: the last class makes room for the true one where that is missing and known."""
+    told = told.unsqueeze(1)
+    missing = ~(shortlist == told).any(dim=1, keepdim=True) & (told >= 0)
+    return torch.cat([shortlist[:, :-1], torch.where(missing, told, shortlist[:, -1:])], dim=1)
 
 
 def staged_scores(model: nn.Module, images: Tensor) -> StagedScores:

@@ -9,7 +9,6 @@ from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage
 from torch import Tensor, nn
 
 from contextual_cnn.models.context_options import ContextOptions, take_context_options
-from contextual_cnn.models.contextual_conv import replace_convolution
 from contextual_cnn.models.contextual_model import (
     ContextualBlock,
     ContextualModel,
@@ -57,8 +56,7 @@ class ContextualConvNeXt(ContextualModel):
         for stage in context.contextual_stages:
             blocks: Any = self.stages[stage - 1].blocks
             for i in range(0, len(blocks), context.contextual_every):
-                conv = replace_convolution(blocks[i].conv_dw, context.convolution, context.embedding_dim, context.mask)
-                blocks[i] = ContextualConvNeXtBlock(blocks[i], conv)
+                blocks[i] = ContextualConvNeXtBlock(blocks[i], context.replace(blocks[i].conv_dw))
         self.to(device=device, dtype=dtype)
 
     group_matcher = ConvNeXt.group_matcher  # the class context is matched by nothing, which puts it with the head
@@ -102,7 +100,7 @@ def _plain_convnext(context: ContextOptions, **backbone: Any) -> ConvNeXt:
     for stage in context.contextual_stages:
         blocks: Any = model.stages[stage - 1].blocks
         for block in blocks[:: context.contextual_every]:
-            block.conv_dw = replace_convolution(block.conv_dw, context.convolution, 0)
+            block.conv_dw = context.replace(block.conv_dw)
     return model
 
 

@@ -9,7 +9,6 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
 from contextual_cnn.models.context_options import ContextOptions, take_context_options
-from contextual_cnn.models.contextual_conv import replace_convolution
 from contextual_cnn.models.contextual_model import (
     STAGES,
     ContextualBlock,
@@ -53,8 +52,7 @@ class ContextualResNet(ContextualModel):
         for stage in context.contextual_stages:
             blocks = getattr(self, f"layer{stage}")
             for i in range(0, len(blocks), context.contextual_every):
-                conv = replace_convolution(blocks[i].conv2, context.convolution, context.embedding_dim, context.mask)
-                blocks[i] = ContextualBottleneck(blocks[i], conv)
+                blocks[i] = ContextualBottleneck(blocks[i], context.replace(blocks[i].conv2))
         self.to(device=device, dtype=dtype)
 
     group_matcher = ResNet.group_matcher  # the class context is matched by nothing, which puts it with the head
@@ -101,7 +99,7 @@ def _plain_resnet(context: ContextOptions, **backbone: Any) -> ResNet:
     model = ResNet(**backbone)
     for stage in context.contextual_stages:
         for block in getattr(model, f"layer{stage}")[:: context.contextual_every]:
-            block.conv2 = replace_convolution(block.conv2, context.convolution, 0)
+            block.conv2 = context.replace(block.conv2)
     return model
 
 

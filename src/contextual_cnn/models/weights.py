@@ -32,6 +32,7 @@ _CONTEXTUAL_ONLY = (
     ".mask.",
     ".from_context.",
     ".offset_mask.",
+    ".scale_shift.",
 )
 # What the released code computes in another form: its merging ends in half a stage's width instead of one embedding
 # size, its offsets come from dense convolutions of a bottleneck, and positions, weights and mask from one layer.

@@ -8,10 +8,20 @@ from contextual_cnn.errors import UserError
 from contextual_cnn.settings.keys import may_change
 
 Convolution = Literal[
-    "contextual", "weight_offsets", "sampling_offsets", "extra_input", "without_prior", "deformable", "plain"
+    "contextual",
+    "weight_offsets",
+    "sampling_offsets",
+    "extra_input",
+    "scale_shift",
+    "without_prior",
+    "deformable",
+    "plain",
 ]
-ProjectionNorm = Literal["batch", "layer"]
+Norm = Literal["batch", "layer"]
 Selection = Literal["rerank", "reduce"]
+Merge = Literal["mean", "scores"]
+ContextInit = Literal["uniform", "trunc_normal"]
+ContextOf = Literal["shortlist", "told", "blind"]
 
 LARGEST = 2**16  # of a width, a depth, or a list of them in sum: no more than this is built
 
@@ -25,8 +35,7 @@ class ModelSettings:
     drop_path_rate, layer_scale: stochastic depth and the initial layer scale; None leaves the model's default.
     weights: a .pth, .pt or .safetensors file, or a run folder. A contextual model takes those of its plain twin
         and then starts as an exact drop-in for it.
-    class_counts, embedding_dim, projection_norm, selection, contextual_stages, contextual_every, convolution, mask:
-        contextual models only, see `ContextualConvNeXt`; None leaves the default.
+    class_counts to offset_bias: contextual models only, see `ContextOptions`; None leaves the default.
     timm_options: what else the backbone's class takes by keyword, such as patch_size: see `check_timm_options`.
     """
 
@@ -39,19 +48,26 @@ class ModelSettings:
     weights: str | None = None
     class_counts: Sequence[int] | None = None
     embedding_dim: int | None = None
-    projection_norm: ProjectionNorm | None = None
+    projection_norm: Norm | None = None
+    context_norm: Norm | None = None
+    context_init: ContextInit | None = None
+    merge: Merge | None = None
+    context_of: ContextOf | None = None
     selection: Selection | None = None
     contextual_stages: Sequence[int] | None = None
     contextual_every: int | None = None
     convolution: Convolution | None = None
     mask: bool | None = None
+    generator_norm: Norm | None = None
+    generator_width: int | None = None
+    offset_bias: bool | None = None
     timm_options: dict | None = None
 
     def __post_init__(self) -> None:
         for key, rate in (("drop_rate", self.drop_rate), ("drop_path_rate", self.drop_path_rate or 0.0)):
             if not 0 <= rate < 1:
                 raise UserError(f"model.{key} must be at least 0 and below 1, got {rate}", f"model.{key}=0.1")
-        for key in ("embedding_dim", "contextual_every"):
+        for key in ("embedding_dim", "contextual_every", "generator_width"):
             size = getattr(self, key)
             if size is not None and not 1 <= size <= LARGEST:
                 raise UserError(

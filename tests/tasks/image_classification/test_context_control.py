@@ -47,7 +47,7 @@ def by_hand(model, images, replace, stages):
     """The final logits where `replace` changes the contexts: the model's own steps, one after the other."""
     x, shortlists = model.forward_stem(images), []
     for stage, blocks in enumerate(model.stage_blocks(), start=1):
-        context = model._context(stage, x, shortlists) if stage in model.contextual_stages else None
+        context = model._context(stage, x, shortlists, [], None) if stage in model.contextual_stages else None
         if stage in stages:
             context = replace(context)
         for block in blocks:

@@ -12,6 +12,7 @@ from contextual_cnn.models import build_model
 from contextual_cnn.settings.model import ModelSettings
 from contextual_cnn.tasks.image_classification.hits import labels_of, stage_hits, top_hits
 from contextual_cnn.tasks.image_classification.measure import Accuracy
+from tests.conftest import wake_up
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
 
@@ -53,6 +54,24 @@ def test_uneven_batches_are_counted_as_one_pass_of_images():
     for i, shortlist in enumerate(scores.shortlists, start=1):
         kept = [whole.targets[b].item() in shortlist[b].tolist() for b in range(9)]
         assert split[f"recall_stage{i}"] == pytest.approx(100 * sum(kept) / 9)
+
+
+def test_a_told_model_is_told_in_an_evaluation_too():
+    """The recall stays that of its own shortlists."""
+    torch.manual_seed(0)
+    settings = ModelSettings(
+        name="contextual_convnext_atto", num_classes=10, class_counts=[3, 2, 1], context_of="told", layer_scale=1.0
+    )
+    model = wake_up(build_model(settings)).eval()
+    (batch,) = batches((8,))
+    with torch.no_grad():
+        told = model(batch.images, staged=True, told=batch.targets)
+        own = model(batch.images, staged=True)
+    assert not torch.allclose(told.logits[-1], own.logits[-1])
+    report = evaluated(model, [batch], 8)
+    loss = torch.nn.functional.cross_entropy
+    assert report["loss"] == pytest.approx(loss(told.logits[-1], batch.targets).item(), rel=1e-5)
+    assert report["recall_stage1"] == 100 * stage_hits(own, batch.targets)["recall_stage1"].item() / 8 < 100
 
 
 @pytest.mark.parametrize(("contextual", "named"), [((4,), {3}), ((2, 4), {1, 3}), ((1, 2, 3, 4), {1, 2, 3})])

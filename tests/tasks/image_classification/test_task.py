@@ -2,6 +2,11 @@
 
 from types import SimpleNamespace
 
+import pytest
+import torch
+
+from contextual_cnn.contracts import Batch, StagedScores
+from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.models import build_model
 from contextual_cnn.settings.model import ModelSettings
 from contextual_cnn.tasks.image_classification.task import ImageClassification
@@ -19,6 +24,23 @@ def test_a_shortlist_no_better_than_chance_is_named_by_its_stage():
     assert "stage 2" in remark
     assert "41.0 %" in remark
     assert "40.0 %" in remark
+
+
+@pytest.mark.parametrize(("context_of", "told"), [("told", {"told": [3, 1]}), (None, {}), ("blind", {})])
+def test_only_a_told_model_is_given_the_classes(context_of, told):
+    """Of mixed images the class with the largest share, as the hits are counted."""
+    given = []
+
+    def call(images, **keywords):
+        given.append({name: values.tolist() for name, values in keywords.items()})
+        return StagedScores.of(torch.zeros(2, 4))
+
+    settings = SimpleNamespace(model=SimpleNamespace(context_of=context_of))
+    task = SimpleNamespace(settings=settings, _loss=StagedCrossEntropy())
+    mixed = torch.tensor([[0.0, 0.4, 0.0, 0.6], [0.1, 0.9, 0.0, 0.0]])
+    for targets in (mixed, torch.tensor([3, 1])):
+        ImageClassification.forward(task, call, Batch(torch.zeros(2, 3, 8, 8), targets))
+    assert given == [told, told]
 
 
 def test_a_step_and_an_evaluation_name_the_stage_of_each_figure():

@@ -45,12 +45,14 @@ class Accuracy:
         self, model: nn.Module, world: World, among: Tensor | None = None, observe: Observe | None = None
     ) -> None:
         self._is_staged = isinstance(model, ContextualModel)
+        self._is_told = isinstance(model, ContextualModel) and model.context_of == "told"
         self._among, self._observe = among, observe
         self._sums = Sums(world.device, _names(model))
 
     def add(self, call: Call, batch: Batch) -> None:
         """Shows the model a batch."""
-        scores = StagedScores.of(call(batch.images, staged=True) if self._is_staged else call(batch.images))
+        told = {"told": batch.targets} if self._is_told else {}
+        scores = StagedScores.of(call(batch.images, staged=True, **told) if self._is_staged else call(batch.images))
         logits = scores.logits[-1]
         if self._among is not None:
             logits = logits.masked_fill(~self._among, -torch.inf)

@@ -47,8 +47,9 @@ class ImageClassification(Task):
         has_vectors = any(isinstance(module, nn.BatchNorm1d) for module in model.modules())
         if has_vectors and NormPlan.make(plan, self.norm_images(settings, plan)).images == 1:
             raise UserError(
-                "the model's projections have batch norms, which cannot learn from one image at a time",
-                "trainer.micro_batch_size=2 or more, or model.projection_norm=layer",
+                "the model has batch norms over one vector of each image, which cannot learn from one image at a time",
+                "trainer.micro_batch_size=2 or more, or layer norms: model.projection_norm=layer "
+                "model.context_norm=null model.generator_norm=null",
             )
         warn_of_other_pixels(model, self.settings.model.weights, self.settings.data.pixels)
 
@@ -64,8 +65,10 @@ class ImageClassification(Task):
 
     def forward(self, call: Call, batch: Batch) -> Outcome:
         """The staged loss, its part of each stage, the hits of the last stage, the recall of each shortlist."""
-        scores = StagedScores.of(call(batch.images))
-        loss, labels = self._loss(scores, batch.targets), labels_of(batch.targets)
+        labels = labels_of(batch.targets)
+        told = {"told": labels} if self.settings.model.context_of == "told" else {}
+        scores = StagedScores.of(call(batch.images, **told))
+        loss = self._loss(scores, batch.targets)
         hits = top_hits(scores.logits[-1].detach(), labels, ks=(1,)) | stage_hits(scores, labels)
         return Outcome(loss.total, loss.parts, hits)
 
