@@ -1,5 +1,6 @@
 """Real images and real commands for the tests."""
 
+import logging
 import os
 import shutil
 import subprocess
@@ -67,6 +68,16 @@ def _reproducible():
     # What Hydra's and W&B's parts have left in this process's environment is not for the commands that a test starts
     for name in ("HYDRA_FULL_ERROR", *(name for name in os.environ if name.startswith("WANDB_SERVICE"))):
         os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def _same_log():
+    """What a test in this process has done to the package's logger is undone: how the next one sees its records."""
+    logger = logging.getLogger("contextual_cnn")
+    before = logger.level, logger.propagate, list(logger.handlers)
+    yield
+    logger.setLevel(before[0])
+    logger.propagate, logger.handlers[:] = before[1:]
 
 
 def wake_up(model):

@@ -93,21 +93,9 @@ def test_what_is_written_whole_takes_the_place_of_a_link(tmp_path):
     assert not run.config.is_symlink()
 
 
-@pytest.fixture(autouse=True)
-def _log_as_it_was():
-    program = logging.getLogger("contextual_cnn")
-    before = list(program.handlers)
-    yield
-    program.handlers = before
-
-
 @pytest.mark.parametrize(("is_main", "expected"), [(True, 3), (False, 1)])
 def test_what_all_ranks_would_say_is_said_by_one(capsys, is_main, expected):
-    try:
-        start_logging(is_main)
-        for module in ("runs.resume", "engine.trainer", "data.bad_images"):
-            logging.getLogger(f"contextual_cnn.{module}").warning("something")
-        assert capsys.readouterr().out.count("something") == expected
-    finally:
-        logging.getLogger("contextual_cnn").handlers.clear()
-        logging.getLogger("contextual_cnn").propagate = True
+    start_logging(is_main)
+    for module in ("runs.resume", "engine.trainer", "data.bad_images"):
+        logging.getLogger(f"contextual_cnn.{module}").warning("something")
+    assert capsys.readouterr().out.count("something") == expected
