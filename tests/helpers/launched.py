@@ -76,32 +76,34 @@ class Launched:
         return sorted(children(self.agent)) if self.agent is not None else []
 
 
-def children(pid: int) -> list[int]:
+def of_process(pid: int, file: str) -> str:
+    """What the system has in /proc; nothing of a process that ends meanwhile (ESRCH where its file is open already)."""
     try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except FileNotFoundError:
-        return []
+        return Path(f"/proc/{pid}/{file}").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in of_process(pid, f"task/{pid}/children").split()]
 
 
 def descendants(pid: int) -> list[int]:
-    """Those of all its threads, and theirs; of a process that has ended meanwhile, none."""
+    """Those of all its threads, and theirs."""
     try:
-        threads = [thread / "children" for thread in Path(f"/proc/{pid}/task").iterdir()]
-        found = [int(child) for thread in threads for child in thread.read_text().split()]
+        threads = [thread.name for thread in Path(f"/proc/{pid}/task").iterdir()]
     except OSError:
         return []
+    found = [int(child) for thread in threads for child in of_process(pid, f"task/{thread}/children").split()]
     return found + [further for child in found for further in descendants(child)]
 
 
 def command_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except FileNotFoundError:
-        return ""
+    return of_process(pid, "cmdline")
 
 
 def has_loaded(pid: int, library: str) -> bool:
-    return library in Path(f"/proc/{pid}/maps").read_text()
+    return library in of_process(pid, "maps")
 
 
 def listens(pid: int) -> bool:
@@ -111,7 +113,4 @@ def listens(pid: int) -> bool:
 
 
 def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-    except FileNotFoundError:
-        return False
+    return of_process(pid, "stat").split()[2:3] not in ([], ["Z"])
