@@ -105,7 +105,7 @@ def test_scores_weigh_the_classes_of_a_shortlist():
 
 @pytest.fixture
 def merged():
-    """Of a model: the classes whose embeddings each merging got, (B, N) shares."""
+    """Runs a model; returns the classes (B, k) that each merging got, and the scores."""
 
     def watch(model, images, **told):
         seen = []

@@ -50,7 +50,7 @@ def replace_convolution(
     Args:
         kind: contextual is the paper's model (a5, b4). The others are rows of its ablations: weight_offsets or
             sampling_offsets alone (b2, b3), the context as extra_input to the plain convolution (a2, b1), contextual
-            convolutions without_prior (a3), deformable convolutions (a4), plain (a1). Not the paper's: scale_shift.
+            convolutions without_prior (a3), deformable convolutions (a4), plain (a1). Not in the paper: scale_shift.
         mask: of the kinds that generate offsets, see `ContextualConv2d`.
     """
     if kind == "plain":
