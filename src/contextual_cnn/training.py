@@ -109,10 +109,10 @@ def _logger(settings: RunSettings, trainer: Trainer, run: RunFolder) -> Iterator
     if remark := trainer.train_step.remark_on_norms():
         log.warning("%s", remark)
     log.info(
-        "%s, learning rate up to %.3g; %s schedule of %d epochs, %d of them warm-up",
+        "%s, learning rate up to %.3g; %s schedule of %d epochs, %s of them warm-up",
         settings.optimizer.name,
         trainer.train_step.optimizer.param_groups[0]["initial_lr"],
-        *(settings.schedule.name, settings.schedule.epochs, settings.schedule.warmup_epochs),
+        *(settings.schedule.name, settings.schedule.epochs, settings.schedule.warmup),
     )
     try:
         yield logger

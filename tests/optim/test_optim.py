@@ -117,7 +117,7 @@ def test_a_warm_up_as_long_as_the_run_is_refused_with_the_recipes_share(epochs, 
 def rates(steps_per_epoch, epochs, **options):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = build_schedule(
-        optimizer, ScheduleSettings(epochs=epochs, warmup_epochs=1, min_lr=0.0, **options), steps_per_epoch
+        optimizer, ScheduleSettings(**dict(epochs=epochs, warmup_epochs=1, min_lr=0.0) | options), steps_per_epoch
     )
     found = []
     for step in range(epochs * steps_per_epoch):
@@ -144,6 +144,34 @@ def test_the_other_schedules_warm_up_and_take_their_shape():
     assert all(b <= a for a, b in itertools.pairwise(by_name["tanh"][10:]))
     with pytest.raises(UserError, match="decay_epochs"):
         rates(10, 5, name="step", decay_epochs=5)
+
+
+def test_milestones_count_from_the_start_and_begin_with_their_epochs_first_step():
+    """TSM: a tenth after 20 and 40 of 50 epochs; Swin's and ConvNeXt's detectors warm up for 500 steps as well."""
+    found = rates(10, 5, name="multistep", milestones=[2, 4], warmup_epochs=0, warmup_steps=5)
+    assert found == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8] + [1.0] * 15 + [0.1] * 20 + [0.01] * 10)
+    assert rates(7, 3, name="multistep", milestones=[1]) == pytest.approx([i / 7 for i in range(7)] + [0.1] * 14)
+
+
+def test_a_warm_up_may_be_counted_in_steps():
+    assert rates(10, 4, warmup_epochs=0, warmup_steps=10) == pytest.approx(rates(10, 4, warmup_epochs=1))
+    assert rates(10, 4, warmup_epochs=0, warmup_steps=3)[:4] == pytest.approx([0, 1 / 3, 2 / 3, 1.0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(name="multistep"),
+        dict(milestones=[2]),
+        dict(name="multistep", milestones=[4, 2]),
+        dict(name="multistep", milestones=[5]),
+        dict(warmup_steps=5),
+        dict(warmup_epochs=0, warmup_steps=-1),
+    ],
+)
+def test_milestones_and_warm_ups_that_contradict_are_refused(options):
+    with pytest.raises(UserError, match=r"schedule\.(milestones|name|warmup_steps)"):
+        rates(10, 5, **options)
 
 
 @pytest.mark.parametrize(("scaling", "expected"), [("none", 0.1), ("linear", 0.4), ("sqrt", 0.2)])
