@@ -23,10 +23,14 @@ from contextual_cnn.errors import UserError
 from contextual_cnn.runs.checkpoint_files import find_checkpoint, has_checkpoint
 from contextual_cnn.runs.own_files import check_writable
 from contextual_cnn.schema import Group, schema_of
+from contextual_cnn.settings.clip import ClipSettings
 from contextual_cnn.settings.data import DataSettings
-from contextual_cnn.settings.evaluation import DATA_KEYS, EvaluationSettings
+from contextual_cnn.settings.evaluation import CLIP_KEYS, DATA_KEYS, EvaluationSettings
 
-SCHEMA = schema_of(EvaluationSettings) | {"data": Group(DataSettings, DATA_KEYS)}
+SCHEMA = schema_of(EvaluationSettings) | {
+    "data": Group(DataSettings, DATA_KEYS),
+    "clip": Group(ClipSettings, CLIP_KEYS),
+}
 
 
 @hydra.main(
@@ -35,8 +39,10 @@ SCHEMA = schema_of(EvaluationSettings) | {"data": Group(DataSettings, DATA_KEYS)
 @exits.job
 def main(hydra_config: DictConfig) -> None:
     config = read_config(hydra_config, SCHEMA)
-    given = {key: value for key, value in config["data"].items() if value is not None}
-    settings = EvaluationSettings(**config | {"data": given})
+    given = {
+        group: {key: value for key, value in config[group].items() if value is not None} for group in ("data", "clip")
+    }
+    settings = EvaluationSettings(**config | given)
     checkpoints = _checkpoints(settings.checkpoint)
     for key in ("predictions", "per_class"):
         if (path := settings.file(key)) is not None:

@@ -20,6 +20,7 @@ from contextual_cnn.runs.checkpoint_store import CheckpointStore
 from contextual_cnn.schema import check_config
 from contextual_cnn.settings.augment import AugmentSettings
 from contextual_cnn.settings.checkpoint import CheckpointSettings
+from contextual_cnn.settings.clip import ClipSettings
 from contextual_cnn.settings.data import DataSettings
 from contextual_cnn.settings.logger import LoggerSettings
 from contextual_cnn.settings.loss import LossSettings
@@ -42,7 +43,7 @@ OPTIONS = [
 
 
 def test_every_group_has_options():
-    assert {group for group, _ in OPTIONS} == {*GROUPS, "task", "experiment"}
+    assert {group for group, _ in OPTIONS} == {*GROUPS, "clip", "task", "experiment"}
     assert len(OPTIONS) >= 20
 
 
@@ -50,8 +51,13 @@ def test_every_group_has_options():
 @pytest.mark.parametrize(("group", "name"), OPTIONS, ids=[f"{group}={name}" for group, name in OPTIONS])
 def test_every_yaml_composes_and_builds(group, name):
     extra = ["model.name=resnet18"] if name == "timm" else []
+    if group == "clip":
+        extra = ["task=video_classification"]
     config = composed(f"{group}={name}", *extra)
-    AugmentSettings(**config["augment"])
+    if config["task"] == "image_classification":
+        AugmentSettings(**config["augment"])
+    else:
+        ClipSettings(**config["clip"])
     StagedCrossEntropy(LossSettings(**config["loss"]))
     TrainerSettings(**config["trainer"])
     CheckpointStore(Path(), CheckpointSettings(**config["checkpoint"]))

@@ -47,7 +47,8 @@ class StagedScores(NamedTuple):
 
     logits: per stage (B, N) float32, scores divided by the temperature; -inf marks a class that the
         stage no longer considers.
-    shortlists: per stage but the last (B, k) int64, the classes whose embeddings make the next stage's context.
+    shortlists: per stage but the last (B, k) int64, the classes whose embeddings make the next stage's context. Of
+        videos (B, F, k), for each of F frames.
     stages: the stage that each classification follows, counted from 1.
 
     A plain model has one classification, after stage 4, and no shortlist: its loss is comparable with the last loss

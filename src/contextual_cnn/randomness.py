@@ -34,6 +34,7 @@ class Purpose(IntEnum):
     ERASING = 9
     DROP_PATH = 10
     CONTROL = 11
+    CLIP = 12
 
 
 def generator(purpose: Purpose, *key: int) -> np.random.Generator:

@@ -70,10 +70,17 @@ def load_model(checkpoint: str, weights: str = "auto", data: Mapping[str, Any] |
         data: what is to differ from the training's data.
 
     Raises:
-        UserError: no such checkpoint, a damaged one, one whose config is refused, or weights that it does not hold.
+        UserError: no such checkpoint, one of another task than images, a damaged one, one whose config is refused, or
+            weights that it does not hold.
     """
     path = find_checkpoint(checkpoint)
-    return restore(path, load_trained(path), weights, data)
+    state = load_trained(path)
+    require_entries(state, path, "config")
+    if (task := state["config"].get("task", LATER_KEYS["task"])) != LATER_KEYS["task"]:
+        raise UserError(
+            f"{path} is of the task {task}, not of images", "python evaluate.py checkpoint=RUN takes any task"
+        )
+    return restore(path, state, weights, data)
 
 
 def restore(

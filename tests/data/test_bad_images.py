@@ -64,7 +64,7 @@ def train(data, count, world_size=1, rank=0, first_step=0, micro_batch=8, augmen
 
 
 def named(caplog):
-    return [record.args[0] for record in caplog.records if record.name == bad_images.__name__]
+    return [record.args[1] for record in caplog.records if record.name == bad_images.__name__]
 
 
 def assert_equal(ours, theirs):

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from contextual_cnn.batch_plan import BatchPlan
-from contextual_cnn.data import random_erasing, synthetic_loader, torch_loader
+from contextual_cnn.data import random_erasing, synthetic_loader, worker_batches
 from contextual_cnn.data.augmentation import Augmentation
 from contextual_cnn.data.on_device import augment, normalise
 from contextual_cnn.data.randaugment.policy import ImageOps, Op
@@ -92,8 +92,8 @@ def synthetic_batches():
 
 
 def torch_loaders_batches():
-    made = torch_loader._Made(torch.zeros(8, 32, 32, 3, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64), [])
-    ((pixels, targets, _),) = torch_loader._on_device([made], None, GPU)
+    made = worker_batches.Made(torch.zeros(8, 32, 32, 3, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64), [])
+    ((pixels, targets, _),) = worker_batches.on_device([made], None, GPU)
     assert (pixels.device, targets.device) == (GPU, GPU)
 
 

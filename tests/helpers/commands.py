@@ -13,6 +13,7 @@ import evaluate
 import train
 from contextual_cnn import exits
 from contextual_cnn.config import read_config
+from contextual_cnn.tasks import task_settings
 from contextual_cnn.tasks.image_classification.settings import ImageClassificationSettings
 
 SCHEMAS = {train: train.schema(ImageClassificationSettings), evaluate: evaluate.SCHEMA}
@@ -29,7 +30,8 @@ def fresh_hydra():
 
 def composed(*overrides):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return read_config(compose("train", [f"data.root={CONF}", *overrides]), SCHEMAS[train])
+        config = compose("train", [f"data.root={CONF}", *overrides])
+        return read_config(config, train.schema(task_settings(config.task)))
 
 
 def refused(arguments, monkeypatch, capsys, script=train):

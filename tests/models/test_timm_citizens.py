@@ -42,7 +42,11 @@ def images(batch=1, channels=3):
 
 
 def test_all_sizes_are_registered():
-    assert {*MODELS, *(f"contextual_convnext_{size}" for size in ("tiny", "small", "base"))} == set(ALL)
+    assert {
+        *MODELS,
+        *(f"contextual_convnext_{size}" for size in ("tiny", "small", "base")),
+        "contextual_resnet101",
+    } == set(ALL)
 
 
 @pytest.mark.parametrize("any_name", ALL)

@@ -1,5 +1,6 @@
 """Decay groups, the schedule's values, and the guard."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -14,6 +15,7 @@ from contextual_cnn.settings.model import ModelSettings
 from contextual_cnn.settings.optimizer import OptimizerSettings
 from contextual_cnn.settings.schedule import ScheduleSettings
 from tests.helpers import reference
+from tests.helpers.small_models import small
 
 
 def test_biases_norms_embeddings_and_temperature_do_not_decay():
@@ -27,6 +29,33 @@ def test_biases_norms_embeddings_and_temperature_do_not_decay():
         assert (name in spared) == (named or parameter.ndim <= 1), name
     assert any(name.endswith("sampling_offset.out.bias") for name in spared)
     assert any(name.endswith("weight_offset.out.bias") for name in spared)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "contextual_resnet50"])
+def test_biases_and_the_classifier_may_learn_faster(name):
+    """TSM: biases twice, the classifier five times, its bias ten times; norms as ever, and nothing decays otherwise."""
+    model = build_model(ModelSettings(name=name, num_classes=10, timm_options=small("resnet50")))
+    tsm = OptimizerSettings(
+        name="momentum", lr=0.02, momentum=0.9, betas=None, eps=None, weight_decay=1e-4, bias_lr=2.0, classifier_lr=5.0
+    )
+    plain = build_optimizer(model, dataclasses.replace(tsm, bias_lr=None, classifier_lr=None), 128)
+    optimizer = build_optimizer(model, tsm, 128)
+    build_schedule(optimizer, ScheduleSettings(name="constant", warmup_epochs=0), 10).step_update(3)
+    by_parameter = {p: group for group in optimizer.param_groups for p in group["params"]}
+    decays = {p: group["weight_decay"] for group in plain.param_groups for p in group["params"]}
+    assert len(by_parameter) == len(list(model.parameters()))
+    for part, module in model.named_modules():
+        for kind, parameter in module.named_parameters(recurse=False):
+            is_head = part in ("fc", "class_embeddings") or part.startswith("projections.4")
+            is_bias = kind == "bias" and module.weight.ndim > 1
+            assert by_parameter[parameter]["lr"] == pytest.approx(0.02 * (5 if is_head else 1) * (2 if is_bias else 1))
+            assert by_parameter[parameter]["weight_decay"] == decays[parameter]
+
+
+@pytest.mark.parametrize("key", ["bias_lr", "classifier_lr"])
+def test_factors_of_the_learning_rate_are_above_0(key):
+    with pytest.raises(UserError, match=key):
+        OptimizerSettings(**{key: 0.0})
 
 
 @pytest.mark.parametrize(("epochs", "warmup"), [(300, 20), (10, 3), (5, 0)])

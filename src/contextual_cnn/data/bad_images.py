@@ -35,10 +35,11 @@ class BadImages:
 
     Args:
         policy: "skip" goes on until there are more than `limit` of them; "stop" ends with the first.
+        noun: what one of them is called.
     """
 
-    def __init__(self, policy: Literal["skip", "stop"], limit: int) -> None:
-        self._policy, self._limit = policy, limit
+    def __init__(self, policy: Literal["skip", "stop"], limit: int, noun: str = "image") -> None:
+        self._policy, self._limit, self._noun = policy, limit, noun
         self._names: set[str] = set()
         self._lock = threading.Lock()
 
@@ -49,7 +50,7 @@ class BadImages:
             UserError: by the policy, or for one too many.
         """
         if self._policy == "stop":
-            raise UserError(f"the image {bad.name} cannot be used: {bad.reason}", f"restore it; {_FIX}")
+            raise UserError(f"the {self._noun} {bad.name} cannot be used: {bad.reason}", f"restore it; {_FIX}")
         with self._lock:
             if bad.name in self._names:
                 return
@@ -57,11 +58,13 @@ class BadImages:
             count = len(self._names)
         if count > self._limit:
             raise UserError(
-                f"more than data.max_bad_images={self._limit} images cannot be used; the last is {bad.name}: "
-                f"{bad.reason}",
+                f"more than data.max_bad_images={self._limit} {self._noun}s cannot be used; the last is "
+                f"{bad.name}: {bad.reason}",
                 f"see to the disk; {_FIX}; or raise data.max_bad_images",
             )
-        log.warning("the image %s cannot be used: %s (bad images so far: %d)", bad.name, bad.reason, count)
+        log.warning(
+            "the %s %s cannot be used: %s (bad %ss so far: %d)", self._noun, bad.name, bad.reason, self._noun, count
+        )
 
 
 def first_usable(

@@ -18,7 +18,7 @@ from contextual_cnn.data.augmentation import Augmentation
 from contextual_cnn.data.bad_images import BadImages
 from contextual_cnn.data.sampler import ShardWindows, TrainSampler
 from contextual_cnn.data.sources import ImageSource, Layout, find_layout, open_source, read_exclude_list
-from contextual_cnn.data.sources.folder_listing import describe_not_read
+from contextual_cnn.data.sources.folder_listing import IMAGE_FILES, FileKind, describe_not_read
 from contextual_cnn.data.sources.node_listing import once_a_node
 from contextual_cnn.data.sources.shared_arrays import give_memory_back
 from contextual_cnn.errors import UserError
@@ -34,11 +34,14 @@ if TYPE_CHECKING:  # they bring torch and DALI, which take seconds; the data are
 
 log = logging.getLogger(__name__)
 
-_SPLITS = ("train", "val")
+SPLITS = ("train", "val")
 
 
 class ImageData:
     """A data set, checked when it is opened.
+
+    Attributes:
+        files: the kind of files that it is made of.
 
     Args:
         splits: those that are opened.
@@ -48,8 +51,10 @@ class ImageData:
         UserError: what is not there, or not as it should be.
     """
 
+    files: FileKind = IMAGE_FILES
+
     def __init__(
-        self, settings: DataSettings, splits: Sequence[str] = _SPLITS, classes: tuple[str, ...] | None = None
+        self, settings: DataSettings, splits: Sequence[str] = SPLITS, classes: tuple[str, ...] | None = None
     ) -> None:
         self.settings = settings
         self.root = Path(settings.root).expanduser().absolute()
@@ -61,7 +66,7 @@ class ImageData:
         of = repr((str(self.root), self.layout, settings.exclude, settings.limit, classes))
         self.sources, self._left_out = once_a_node("_".join(splits), of, partial(self._open, splits, classes))
         self.classes: tuple[str, ...] = self.sources[splits[-1]].classes
-        self.bad_images = BadImages(settings.on_bad_image, settings.max_bad_images)
+        self.bad_images = BadImages(settings.on_bad_image, settings.max_bad_images, self.files.noun)
 
     @property
     def num_classes(self) -> int:
@@ -76,13 +81,13 @@ class ImageData:
             "benchmark": "class folders without splits",
             "synthetic": "noise",
         }[self.layout]
-        counts = ", ".join(f"{split} {len(source)} images" for split, source in self.sources.items())
+        counts = ", ".join(f"{split} {len(source)} {self.files.noun}s" for split, source in self.sources.items())
         not_read = sum((source.not_read for source in self.sources.values()), Counter[str]())
         others = f"; not read: {describe_not_read(not_read)}" if not_read else ""
         left_out, root = len(self._left_out), printable(str(self.root))
         log.info("%s: %s, %d classes, %s, %d left out%s", root, kind, self.num_classes, counts, left_out, others)
         # names of a split that is not open now are no mistake
-        closed = tuple(f"{split}/" for split in _SPLITS if split not in self.sources)
+        closed = tuple(f"{split}/" for split in SPLITS if split not in self.sources)
         unknown = sorted(name for name in self._excluded - self._left_out if not name.startswith(closed))
         if unknown:
             log.warning("data.exclude lists %d names that are not there, such as %s", len(unknown), unknown[0])
@@ -96,12 +101,7 @@ class ImageData:
     ) -> "Iterator[Batch]":
         """This rank's endless micro-batches from a step on."""
         source, settings = self.sources["train"], self._settings_in_use()
-        shards = None
-        if settings.shuffle_shards:
-            assert source.shard_sizes is not None  # checked when the source was opened
-            shards = ShardWindows(source.shard_sizes, settings.shuffle_shards)
-        sampler = TrainSampler(plan, seed, world.rank, first_step, repeats=settings.repeats, shards=shards)
-        augmentation = Augmentation(augment, seed)
+        sampler, augmentation = self._sampler(plan, seed, world, first_step), Augmentation(augment, seed)
         return self._loader().train_batches(source, sampler, augmentation, self.bad_images, settings, world.device)
 
     def evaluation_batches(self, world: "World") -> "EvaluationBatches":
@@ -114,7 +114,7 @@ class ImageData:
         """The sources, in memory that other processes can map; and the names that are left out of them."""
         sources, left_out, limit = {}, set[str](), self.settings.limit
         for split in splits:
-            source = open_source(self.root, split, self.layout, classes)
+            source = self._open_split(split, classes)
             classes = source.classes
             if self._excluded:
                 names = [source.name(index) for index in range(len(source))]
@@ -130,6 +130,16 @@ class ImageData:
             sources[split] = source
         give_memory_back()
         return sources, frozenset(left_out)
+
+    def _open_split(self, split: str, classes: tuple[str, ...] | None) -> ImageSource:
+        return open_source(self.root, split, self.layout, classes)
+
+    def _sampler(self, plan: BatchPlan, seed: int, world: "World", first_step: int) -> TrainSampler:
+        source, settings, shards = self.sources["train"], self.settings, None
+        if settings.shuffle_shards:
+            assert source.shard_sizes is not None  # checked when the source was opened
+            shards = ShardWindows(source.shard_sizes, settings.shuffle_shards)
+        return TrainSampler(plan, seed, world.rank, first_step, repeats=settings.repeats, shards=shards)
 
     def _loader(self) -> ModuleType:
         """dali.py or one that takes its place; after the checks, as importing DALI takes seconds."""

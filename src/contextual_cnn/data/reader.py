@@ -51,14 +51,15 @@ def read_image(source: ImageSource, index: int) -> bytes:
         BadImage: it cannot be read, or its first and last bytes tell that it cannot be decoded.
     """
     try:
-        encoded = _read_patiently(source, index)
+        encoded = read_patiently(source, index)
         check_header(encoded)
     except Exception as error:  # PIL raises anything about a header
         raise BadImage(source.name(index), reason_of(error)) from error
     return encoded
 
 
-def _read_patiently(source: ImageSource, index: int) -> bytes:
+def read_patiently(source: ImageSource, index: int) -> bytes:
+    """A whole file, asked for again where its storage does not answer. Raises OSError."""
     for wait in _WAITS:
         try:
             return source.read(index)

@@ -1,26 +1,17 @@
 """The two kinds of batches without DALI: PIL and timm's own operations in worker processes.
 
 The reference that the DALI pipelines are tested against, from the same draws, and the loader of machines that have no
-DALI. It has the same two names as dali.py, with the same arguments. A worker makes whole micro-batches, so nothing is
-collated.
+DALI. It has the same two names as dali.py, with the same arguments.
 """
 
-import contextlib
-import multiprocessing
-import os
-import select
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from contextual_cnn.contracts import Batch
 from contextual_cnn.data.augmentation import Augmentation, Draws, crop_box
@@ -33,9 +24,8 @@ from contextual_cnn.data.reader import read_image
 from contextual_cnn.data.resize import resize
 from contextual_cnn.data.sampler import TrainSampler, evaluation_batches
 from contextual_cnn.data.sources import ImageSource
-from contextual_cnn.data.transfer import to_device
+from contextual_cnn.data.worker_batches import Made, on_device, worker_loader
 from contextual_cnn.distributed import World
-from contextual_cnn.errors import UserError
 from contextual_cnn.settings.data import DataSettings
 
 
@@ -48,12 +38,12 @@ def train_batches(
     device: torch.device,
 ) -> Iterator[Batch]:
     """As `dali.train_batches`. The threads are worker processes."""
-    on_device = augmentation.policy is not None and settings.randaugment_on == "device"
+    later = augmentation.policy is not None and settings.randaugment_on == "device"  # on the device
     fill = fill_color(settings.mean)
-    make = partial(_make_training_batch, images, sampler, augmentation, settings, None if on_device else fill)
-    loader = _loader(make, count(), settings, device)
-    for n, (pixels, targets, replaced) in enumerate(_on_device(loader, bad, device)):
-        if on_device:
+    make = partial(_make_training_batch, images, sampler, augmentation, settings, None if later else fill)
+    loader = worker_loader(make, count(), settings, device)
+    for n, (pixels, targets, replaced) in enumerate(on_device(loader, bad, device)):
+        if later:
             draws, interpolation = augmentation.draw(sampler[n]), augmentation.settings.interpolation
             pixels = augment(pixels, draws, fill=fill, interpolation=interpolation)
         yield Batch(normalise(pixels, settings.mean, settings.std), targets, replaced)
@@ -74,21 +64,12 @@ class EvaluationBatches:
         )
         make = partial(_make_evaluation_batch, images, shares, transform)
         self._settings, self._device, self._bad = settings, world.device, bad
-        self._loader = _loader(make, range(len(shares)), settings, world.device)
+        self._loader = worker_loader(make, range(len(shares)), settings, world.device)
 
     def __iter__(self) -> Iterator[Batch]:
         """One pass."""
-        for pixels, targets, _ in _on_device(self._loader, self._bad, self._device):
+        for pixels, targets, _ in on_device(self._loader, self._bad, self._device):
             yield Batch(normalise(pixels, self._settings.mean, self._settings.std), targets)
-
-
-class _Made(NamedTuple):
-    """What a worker hands over. pixels: (B, H, W, 3) uint8. replaced: how many images took the places of others."""
-
-    pixels: Tensor
-    targets: Tensor
-    reports: list[BadImage]
-    replaced: int = 0
 
 
 def _make_training_batch(
@@ -98,7 +79,7 @@ def _make_training_batch(
     settings: DataSettings,
     fill: tuple[int, ...] | None,
     n: int,
-) -> _Made:
+) -> Made:
     """Without `fill` the images are neither augmented nor flipped."""
     batch, replaced, size = sampler[n], 0, settings.image_size
     reports: list[BadImage] = []
@@ -114,83 +95,17 @@ def _make_training_batch(
         assert index is not None  # there are substitutes without end
         targets[i] = images.targets[index]
         replaced += int(index != wanted)
-    return _Made(torch.from_numpy(pixels), torch.from_numpy(targets), reports, replaced)
+    return Made(torch.from_numpy(pixels), torch.from_numpy(targets), reports, replaced)
 
 
-def _make_evaluation_batch(images: ImageSource, shares: Sequence[np.ndarray], transform: Callable, n: int) -> _Made:
+def _make_evaluation_batch(images: ImageSource, shares: Sequence[np.ndarray], transform: Callable, n: int) -> Made:
     reports: list[BadImage] = []
     blank = Image.new("RGB", (1, 1))
     decode = partial(_decode, images)
     taken = [first_usable([int(index)], decode, reports.append, blank) for index in shares[n]]
     pixels = torch.stack([transform(image).permute(1, 2, 0) for _, image in taken])
     targets = [COUNTS_AS_WRONG if index is None else int(images.targets[index]) for index, _ in taken]
-    return _Made(pixels, torch.tensor(targets), reports)
-
-
-class _Numbered(Dataset):
-    """Whatever `make` gives for a number; a UserError is handed over, for DataLoader would rewrite it."""
-
-    def __init__(self, make: Callable[[int], _Made]) -> None:
-        self._make = make
-
-    def __getitem__(self, n: int) -> _Made | UserError:
-        try:
-            return self._make(n)
-        except UserError as error:
-            return error
-
-
-def _loader(
-    make: Callable[[int], _Made], numbers: Iterable[int], settings: DataSettings, device: torch.device
-) -> DataLoader:
-    # Forked from a server that has no threads: a worker forked from a process that has some (W&B, checkpoints) may
-    # wait for ever for a lock that one of them held
-    multiprocessing.set_forkserver_preload(["__main__", __name__])
-    return DataLoader(
-        _Numbered(make),
-        sampler=numbers,
-        batch_size=None,
-        num_workers=settings.threads or 1,
-        prefetch_factor=settings.prefetch,
-        persistent_workers=True,
-        multiprocessing_context="forkserver",
-        worker_init_fn=partial(_end_with, os.getpid()),
-        pin_memory=device.type == "cuda",
-    )
-
-
-def _end_with(trainer: int, _: int) -> None:
-    """In a worker: it ends when the trainer has, however that ended.
-
-    torch watches the worker's parent, which is the fork server; and that lives as long as its workers.
-    """
-
-    def watch() -> None:
-        with contextlib.suppress(ProcessLookupError):  # it has ended already
-            select.select([os.pidfd_open(trainer)], [], [])
-        os._exit(1)
-
-    threading.Thread(target=watch, name="trainer", daemon=True).start()
-
-
-def _on_device(loader: DataLoader, bad: BadImages, device: torch.device) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """(B, 3, H, W) uint8 channels_last, (B,) int64, and how many images took the places of others."""
-    batches = iter(loader)
-    try:
-        for made in batches:
-            if isinstance(made, UserError):
-                raise made
-            pixels, targets, reports, replaced = made
-            for report in reports:
-                bad.report(report)
-            pixels, targets = (to_device(tensor, device) for tensor in (pixels, targets))
-            yield pixels.permute(0, 3, 1, 2), targets, replaced
-    except BaseException:
-        # An error keeps the loader alive until it is collected as garbage. By then the queue that tells a worker to
-        # end is closed, and torch waits five seconds for each
-        batches._shutdown_workers()  # type: ignore[attr-defined] # the type of one without workers
-        loader._iterator = None
-        raise
+    return Made(pixels, torch.tensor(targets), reports)
 
 
 def _decode(images: ImageSource, index: int) -> Image.Image:

@@ -41,14 +41,20 @@ class DropPaths:
 
 
 class _DrawnDropPath(nn.Module):
-    """factors: (B,), by what each sample's path is multiplied. No buffer, which would travel with the model."""
+    """factors: (B,), by what each sample's path is multiplied. No buffer, which would travel with the model.
+
+    The rows of one sample, such as the frames of a clip, share its factor.
+    """
 
     def __init__(self, factors: Tensor) -> None:
         super().__init__()
         self.factors = factors
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, ...) -> the same shape."""
+        """(B, ...) or (B T, ...) -> the same shape."""
         if not self.training:
             return x
-        return x * self.factors.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+        factors = self.factors.to(x.dtype)
+        if len(x) != len(factors):
+            factors = factors.repeat_interleave(len(x) // len(factors))
+        return x * factors.view(-1, *[1] * (x.ndim - 1))

@@ -118,8 +118,8 @@ class TrainingStep:
 
     @property
     def lr(self) -> float:
-        """Of the step that was made last."""
-        return max(group["lr"] for group in self.optimizer.param_groups)
+        """Of the step that was made last, before the factors of single groups."""
+        return max(group["lr"] / group.get("lr_scale", 1.0) for group in self.optimizer.param_groups)
 
     def evaluated(self) -> dict[str, nn.Module]:
         """The models that an evaluation is of, by the names of their weights."""

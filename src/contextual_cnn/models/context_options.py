@@ -35,9 +35,11 @@ class ContextOptions:
     context_init: see `initialize`.
     merge: how the classes of a shortlist weigh in its context. "mean" (the paper): all the same. "scores": by the
         softmax of the stage's logits over the shortlist.
-    context_of: a control, for experiments about the context. "shortlist" is the model; "told" puts the true class into
-        the shortlist, in place of the least likely where it is missing, in training and in evaluations: the most that a
-        context can tell. "blind" merges all classes for every image: a context that tells nothing.
+    context_of: what is merged. "shortlist" is the model: each image's own, of a video each frame's. "clip" is for
+        videos: one shortlist for all frames of a clip, by the mean of their scores. Two are controls, for experiments
+        about the context. "told" puts the true class into the shortlist, in place of the least likely where it is
+        missing, in training and in evaluations: the most that a context can tell. "blind" merges all classes for every
+        image: a context that tells nothing.
     selection: what a stage classifies. "reduce" (the paper): only what the stage before kept; a class once dropped
         never returns. "rerank" (the released code's later form): all classes, at every stage; only the context uses
         the shortlist. See docs/staged-loss.md for why rerank is the default.

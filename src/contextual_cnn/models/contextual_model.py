@@ -45,6 +45,9 @@ class ContextualModel(nn.Module):
     A subclass sets up the backbone's layers under their plain names and tells them by `forward_stem` and
     `stage_blocks`.
 
+    Attributes:
+        frames: of a clip, which follow one another in a batch; 1 for images.
+
     Args:
         feature_info: timm's, of what `forward_intermediates` gives: the stages' maps, before them the stem's or not.
         in_chans: channels of the images.
@@ -86,6 +89,7 @@ class ContextualModel(nn.Module):
         self.num_features, self.head_hidden_size = channels[-1], width
         self.global_pool = "avg"
         self.grad_checkpointing = False
+        self.frames = 1
 
     def forward_stem(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> what stage 1 takes."""
@@ -215,7 +219,8 @@ class ContextualModel(nn.Module):
             if stage < stages and stage + 1 in self.contextual_stages:
                 logits.append(self._select(self.class_embeddings(self.projections[str(stage)](x)), shortlists))
                 # Unsorted, as the context is a mean and has no order; but the truth takes the place of the least likely
-                best = logits[-1].detach().topk(self.class_counts[stage - 1], dim=1, sorted=self.context_of == "told")
+                ranked, k = self._ranked(logits[-1]).detach(), self.class_counts[stage - 1]
+                best = ranked.topk(k, dim=1, sorted=self.context_of == "told")
                 shortlists.append(best.indices)
         return maps, logits, shortlists
 
@@ -230,7 +235,14 @@ class ContextualModel(nn.Module):
         shortlist = shortlists[-1]
         if self.context_of == "told" and told is not None:
             shortlist = _with(told, shortlist)
-        return self.mergings[str(stage)](table, shortlist, logits[-1] if self.merge == "scores" else None)
+        return self.mergings[str(stage)](table, shortlist, self._ranked(logits[-1]) if self.merge == "scores" else None)
+
+    def _ranked(self, logits: Tensor) -> Tensor:
+        """(B, N) logits by which a shortlist is made: an image's own, or their mean over its clip."""
+        if self.context_of != "clip" or self.frames == 1:
+            return logits
+        clips = logits.unflatten(0, (-1, self.frames))
+        return clips.mean(dim=1, keepdim=True).expand_as(clips).flatten(0, 1)
 
     def _select(self, scores: Tensor, shortlists: Sequence[Tensor]) -> Tensor:
         """The stage's (B, N) logits; with "reduce", -inf where the classification before dropped the class."""
@@ -248,6 +260,11 @@ class ContextualModel(nn.Module):
     def get_classifier(self) -> nn.Module:
         """The class embeddings, which the stages before use too; Identity without a classifier."""
         return self.class_embeddings if self.num_classes else nn.Identity()
+
+    @property
+    def last_projection(self) -> nn.Module:
+        """What maps the last stage's features to the class embeddings; it is trained with the classifier's rate."""
+        return self.projections[str(STAGES)]
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """New class embeddings for other classes, the class counts scaled to their number; 0 removes the classifier.

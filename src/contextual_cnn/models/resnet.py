@@ -1,4 +1,6 @@
-"""Contextual ResNet-50 (section 4.3, the ablations' backbone): timm's ResNet with contextual 3x3 convolutions."""
+"""Contextual ResNets (section 4.2, the frames of videos; section 4.3, the ablations): timm's, with contextual 3x3
+convolutions.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,6 +17,8 @@ from contextual_cnn.models.contextual_model import (
     ContextualModel,
 )
 from contextual_cnn.models.weights import checkpoint_filter_fn
+
+_LAYERS = {"contextual_resnet50": (3, 4, 6, 3), "contextual_resnet101": (3, 4, 23, 3)}
 
 
 class ContextualResNet(ContextualModel):
@@ -106,7 +110,7 @@ def _plain_resnet(context: ContextOptions, **backbone: Any) -> ResNet:
 # No weights are published; the entry gives timm's tools the input they expect.
 default_cfgs = generate_default_cfgs(
     {
-        "contextual_resnet50": dict(
+        name: dict(
             url="",
             num_classes=1000,
             input_size=(3, 224, 224),
@@ -120,6 +124,7 @@ default_cfgs = generate_default_cfgs(
             license="apache-2.0",
             paper_name="Contextual Convolutional Networks",
         )
+        for name in _LAYERS
     }
 )
 
@@ -127,14 +132,24 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def contextual_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Contextual ResNet-50, and with another `convolution` every row of the paper's ablations."""
+    return _create("contextual_resnet50", pretrained, **kwargs)
+
+
+@register_model
+def contextual_resnet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Contextual ResNet-101."""
+    return _create("contextual_resnet101", pretrained, **kwargs)
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     context, others = take_context_options(kwargs, contextual_every=1)
     kind = ContextualResNet if context.has_context else _plain_resnet
     return build_model_with_cfg(
         kind,
-        "contextual_resnet50",
+        variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), feature_cls="getter"),
         context=context,
-        **{**dict(block=Bottleneck, layers=(3, 4, 6, 3)), **others},
+        **{**dict(block=Bottleneck, layers=_LAYERS[variant]), **others},
     )

@@ -1,12 +1,13 @@
 """The optimizer with timm's no-decay rules, and its step behind the guard against non-finite gradients."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, param_groups_weight_decay
 from torch import Tensor, nn
 
+from contextual_cnn.contracts import TimmModel
 from contextual_cnn.errors import UserError
 from contextual_cnn.settings.optimizer import OptimizerSettings
 
@@ -35,10 +36,53 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings, global_batch:
         options["fused"] = True
     try:
         return create_optimizer_v2(
-            model, opt=name, lr=settings.lr_at(global_batch), weight_decay=settings.weight_decay, **options
+            _scaled_groups(model, settings) or model,
+            opt=name,
+            lr=settings.lr_at(global_batch),
+            weight_decay=settings.weight_decay,
+            **options,
         )
     except (ValueError, TypeError, AssertionError, ImportError) as error:  # what it looks at itself
         raise UserError(f"optimizer {name} cannot be built: {error}", "optimizer=adamw is the recipe's") from error
+
+
+def _scaled_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]] | None:
+    """timm's groups, with and without weight decay, cut by the factors of the learning rate; None if there are none.
+
+    timm's schedules multiply a group's learning rate by its lr_scale.
+    """
+    factors = _lr_factors(model, settings)
+    if not factors:
+        return None
+    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
+    cut = []
+    for group in param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=spared):
+        scales = [factors.get(parameter, 1.0) for parameter in group["params"]]
+        for scale in dict.fromkeys(scales):
+            chosen = [p for p, other in zip(group["params"], scales, strict=True) if other == scale]
+            cut.append(group | {"params": chosen, "lr_scale": scale})
+    return cut
+
+
+def _lr_factors(model: nn.Module, settings: OptimizerSettings) -> dict[Tensor, float]:
+    """By what the learning rate of a parameter is multiplied, where that is not 1."""
+    factors: dict[Tensor, float] = {}
+    if settings.bias_lr is not None:
+        for module in model.modules():
+            weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+            if isinstance(weight, Tensor) and isinstance(bias, Tensor) and weight.ndim > 1:  # not of a norm
+                factors[bias] = settings.bias_lr
+    if settings.classifier_lr is not None:
+        for parameter in _classifier_parameters(model):
+            factors[parameter] = factors.get(parameter, 1.0) * settings.classifier_lr
+    return factors
+
+
+def _classifier_parameters(model: nn.Module) -> Iterator[Tensor]:
+    """Of the classifier, and of what a contextual model has in its place after the last stage."""
+    yield from cast(TimmModel, model).get_classifier().parameters()
+    if hasattr(model, "last_projection"):
+        yield from cast(nn.Module, model.last_projection).parameters()
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:

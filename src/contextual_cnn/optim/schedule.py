@@ -10,8 +10,8 @@ from contextual_cnn.settings.schedule import ScheduleSettings
 def build_schedule(optimizer: Optimizer, settings: ScheduleSettings, steps_per_epoch: int) -> Scheduler:
     """ConvNeXt's schedule from timm's parts: linear warm-up, then cosine over the epochs that remain, per step.
 
-    timm's other shapes take the place of the cosine. Milestones count from the start of the run, as in TSM and mmdetection,
-    not from the end of the warm-up.
+    timm's other shapes take the place of the cosine. Milestones count from the start of the run, as in TSM and
+    mmdetection, not from the end of the warm-up.
 
     Returns:
         A scheduler to be called as `step_update(step)` before the optimizer's step.
@@ -29,8 +29,8 @@ def build_schedule(optimizer: Optimizer, settings: ScheduleSettings, steps_per_e
         warmup_lr=settings.warmup_lr,
         min_lr=settings.min_lr,
         decay_epochs=settings.decay_epochs,
-        # timm compares a milestone with the step that follows: half a step more, and it counts from the epoch's first step
-        decay_milestones=[epoch + 0.5 / steps_per_epoch for epoch in settings.milestones or ()],
+        # timm compares a milestone with the step that follows: half a step more, and it counts from its epoch's first
+        decay_milestones=[epoch + 0.5 / steps_per_epoch for epoch in settings.milestones or ()],  # type: ignore[misc]
         decay_rate=settings.decay_rate,
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,

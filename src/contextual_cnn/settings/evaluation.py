@@ -23,7 +23,7 @@ DATA_KEYS = (
     "loader",
     "on_bad_image",
 )
-
+CLIP_KEYS = ("sampling", "stride", "clips", "crops")  # of videos: what may differ
 
 ContextControl = Literal["own", "swap", "mean", "zero"]
 
@@ -37,7 +37,7 @@ class EvaluationSettings:
         or zeros. context_stages: where; None is in all contextual stages.
     real_labels: ReaL's real.json, or None.
     predictions, per_class: CSV files to write, or None.
-    data: the values that differ from the training's data.
+    data, clip: the values that differ from the training's.
     """
 
     checkpoint: str
@@ -50,6 +50,7 @@ class EvaluationSettings:
     predictions: str | None = None
     per_class: str | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
+    clip: Mapping[str, Any] = field(default_factory=dict)
 
     def file(self, key: str) -> Path | None:
         """The path of real_labels, predictions or per_class."""

@@ -21,7 +21,7 @@ Norm = Literal["batch", "layer"]
 Selection = Literal["rerank", "reduce"]
 Merge = Literal["mean", "scores"]
 ContextInit = Literal["uniform", "trunc_normal"]
-ContextOf = Literal["shortlist", "told", "blind"]
+ContextOf = Literal["shortlist", "clip", "told", "blind"]
 
 LARGEST = 2**16  # of a width, a depth, or a list of them in sum: no more than this is built
 

@@ -15,6 +15,8 @@ class OptimizerSettings:
     lr: peak learning rate, as it is, unless lr_scaling says otherwise.
     lr_scaling, lr_base_size: lr belongs to a batch of lr_base_size images, and grows in proportion to the global
         batch, or to its square root.
+    bias_lr, classifier_lr: by what the learning rate of biases (of convolutions and linear layers, not of norms) and of
+        the classifier is multiplied; of the classifier's bias by both. None is 1.
     betas, eps, momentum: None leaves the optimizer's own; set those to null that an optimizer does not have.
     """
 
@@ -26,6 +28,8 @@ class OptimizerSettings:
     betas: Sequence[float] | None = (0.9, 0.999)
     eps: float | None = 1e-8
     momentum: float | None = None
+    bias_lr: float | None = None
+    classifier_lr: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < math.inf:
@@ -44,6 +48,11 @@ class OptimizerSettings:
             raise UserError(
                 f"optimizer.momentum must be from 0 to below 1, got {self.momentum}", "optimizer.momentum=0.9"
             )
+
+        for key in ("bias_lr", "classifier_lr"):
+            factor = getattr(self, key)
+            if factor is not None and not 0 < factor < math.inf:
+                raise UserError(f"optimizer.{key} must be above 0 and finite, got {factor}", f"optimizer.{key}=null")
 
     def lr_at(self, global_batch: int) -> float:
         """The peak learning rate for so many images a step."""

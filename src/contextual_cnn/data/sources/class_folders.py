@@ -11,25 +11,24 @@ from pathlib import Path
 import numpy as np
 
 from contextual_cnn.data.sources.folder_listing import (
-    IMAGE_EXTENSIONS,
+    IMAGE_FILES,
+    FileKind,
     describe_not_read,
+    ending_of,
     entries_of,
     is_folder,
-    kind_of,
-    list_images,
+    list_files,
 )
 from contextual_cnn.data.sources.source import ImageFiles
 from contextual_cnn.errors import UserError
 from contextual_cnn.text import printable
 
 _MAC_LEFTOVER = "__MACOSX"  # what unpacking an archive from a Mac leaves beside the folders; it never holds an image
-_LAYOUT = (
-    "set data.root=ROOT of ROOT/train/CLASS/IMAGE.jpg and ROOT/val/CLASS/IMAGE.jpg; lists and tar shards: "
-    "docs/prepare-data.md"
-)
 
 
-def open_class_folders(root: Path, split: str, classes: tuple[str, ...] | None = None) -> ImageFiles:
+def open_class_folders(
+    root: Path, split: str, classes: tuple[str, ...] | None = None, kind: FileKind = IMAGE_FILES
+) -> ImageFiles:
     """Lists one split, sorted by class and name, so that an index means the same image on every machine.
 
     Subfolders of a class belong to it. Hidden files and folders are passed over, other files counted as not read.
@@ -42,12 +41,12 @@ def open_class_folders(root: Path, split: str, classes: tuple[str, ...] | None =
     """
     folder = root / split
     if not folder.is_dir():
-        raise UserError(f"data.root: looked for the folder {folder}, found {describe_folder(root)}", _LAYOUT)
+        raise UserError(f"data.root: looked for the folder {folder}, found {describe_folder(root)}", _layout(kind))
     found, beside = find_class_folders(folder)
     if not found:
-        hint = _LAYOUT
-        if any(kind in IMAGE_EXTENSIONS for kind in beside):
-            hint = f"a flat folder of images needs a list of their classes, {root / split}.txt"
+        hint = _layout(kind)
+        if any(ending in kind.extensions for ending in beside):
+            hint = f"a flat folder of {kind.noun}s needs a list of their classes, {root / split}.txt"
         raise UserError(f"data.root: {folder} has no class folders, found {describe_folder(folder)}", hint)
     if classes is not None and set(found) != set(classes):
         raise UserError(
@@ -56,7 +55,13 @@ def open_class_folders(root: Path, split: str, classes: tuple[str, ...] | None =
         )
     classes = classes if classes is not None else tuple(found)
     folders = {f"{split}/{found[name]}": target for target, name in enumerate(classes)}
-    return list_class_folders(root, folders, classes, beside)
+    return list_class_folders(root, folders, classes, beside, kind)
+
+
+def _layout(kind: FileKind) -> str:
+    split = f"CLASS/{kind.example}"
+    others = "; lists and tar shards: docs/prepare-data.md" if kind == IMAGE_FILES else "; lists: docs/video.md"
+    return f"set data.root=ROOT of ROOT/train/{split} and ROOT/val/{split}{others}"
 
 
 def find_class_folders(folder: Path) -> tuple[dict[str, str], Counter[str]]:
@@ -66,7 +71,7 @@ def find_class_folders(folder: Path) -> tuple[dict[str, str], Counter[str]]:
         if is_folder(entry) and entry.name != _MAC_LEFTOVER:
             names.append(entry.name)
         else:
-            beside[_MAC_LEFTOVER if entry.name == _MAC_LEFTOVER else kind_of(entry)] += 1
+            beside[_MAC_LEFTOVER if entry.name == _MAC_LEFTOVER else ending_of(entry)] += 1
     found: dict[str, str] = {}
     for name in sorted(names):
         if printable(name) in found:
@@ -76,33 +81,37 @@ def find_class_folders(folder: Path) -> tuple[dict[str, str], Counter[str]]:
 
 
 def list_class_folders(
-    root: Path, folders: Mapping[str, int], classes: tuple[str, ...], beside: Counter[str]
+    root: Path,
+    folders: Mapping[str, int],
+    classes: tuple[str, ...],
+    beside: Counter[str],
+    kind: FileKind = IMAGE_FILES,
 ) -> ImageFiles:
-    """The images of each folder, folder after folder.
+    """The files of each folder, folder after folder.
 
     Args:
         folders: path below the root -> position in `classes`.
         beside: files beside the folders, by kind.
 
     Raises:
-        UserError: a folder has no image.
+        UserError: a folder has none.
     """
     paths: list[str] = []
     targets: list[int] = []
-    not_read = Counter({f"{kind} beside the class folders": count for kind, count in beside.items()})
+    not_read = Counter({f"{ending} beside the class folders": count for ending, count in beside.items()})
     for folder, target in folders.items():
-        images, others = list_images(root / folder)
-        if not images:
+        files, others = list_files(root / folder, kind)
+        if not files:
             # An empty class would shift no label here, but it is always a broken copy
             found, fix = "", "restore or remove the folder"
             if others:
                 found, fix = (
                     f", but {describe_not_read(others)}",
-                    f"convert them; {', '.join(IMAGE_EXTENSIONS)} are read",
+                    f"convert them; {', '.join(kind.extensions)} are read",
                 )
-            raise UserError(f"data.root: class folder {root / folder} has no images{found}", fix)
-        paths += [f"{folder}/{image}" for image in images]
-        targets += [target] * len(images)
+            raise UserError(f"data.root: class folder {root / folder} has no {kind.noun}s{found}", fix)
+        paths += [f"{folder}/{file}" for file in files]
+        targets += [target] * len(files)
         not_read += others
     return ImageFiles(root, classes, paths, np.array(targets, dtype=np.int64), not_read)
 

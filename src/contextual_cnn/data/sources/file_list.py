@@ -1,8 +1,9 @@
 """Images in any folders below the root, and a list with the class of each: ROOT/train.txt and ROOT/val.txt.
 
-A line is `relative/path class_index`, with blanks or tabs in between. Files are not looked for one by one at opening,
-which would take minutes on a network file system: scripts/data/check_data.py does that, and reading names the file
-that is missing.
+A line is `relative/path class_index`, with blanks or tabs in between. Of videos it may be `relative/path frames
+class_index`, as in TSM's lists; the number is passed over, for frames are counted in the file. Files are not looked for
+one by one at opening, which would take minutes on a network file system: scripts/data/check_data.py does that, and
+reading names the file that is missing.
 """
 
 import os
@@ -18,13 +19,16 @@ from contextual_cnn.data.sources.class_names import (
     read_class_names,
     read_lines,
 )
+from contextual_cnn.data.sources.folder_listing import IMAGE_FILES, VIDEO_FILES, FileKind
 from contextual_cnn.data.sources.source import ImageFiles
 from contextual_cnn.errors import UserError
 
 _LINE = "`relative/path class_index`"
 
 
-def open_file_list(root: Path, split: str, classes: tuple[str, ...] | None = None) -> ImageFiles:
+def open_file_list(
+    root: Path, split: str, classes: tuple[str, ...] | None = None, kind: FileKind = IMAGE_FILES
+) -> ImageFiles:
     """Reads the list of one split; an image's index is its place in the list.
 
     Args:
@@ -45,8 +49,10 @@ def open_file_list(root: Path, split: str, classes: tuple[str, ...] | None = Non
             continue
         where = f"{file}, line {number}"
         path, target = _parse(line, where)
+        if kind == VIDEO_FILES and not path.lower().endswith(kind.extensions):
+            path = re.sub(r"\s+\d+$", "", path)
         if path in lines_of:
-            raise UserError(f"{where}: {path} is in line {lines_of[path]} already", "list every image once")
+            raise UserError(f"{where}: {path} is in line {lines_of[path]} already", f"list every {kind.noun} once")
         if names is not None and target >= len(names):
             raise UserError(
                 f"{where}: class {target}, but there are {len(names)} classes, 0 to {len(names) - 1}",
@@ -55,7 +61,7 @@ def open_file_list(root: Path, split: str, classes: tuple[str, ...] | None = Non
         lines_of[path] = number
         targets.append(target)
     if not targets:
-        raise UserError(f"{file} lists no images", f"a line is {_LINE}")
+        raise UserError(f"{file} lists no {kind.noun}s", f"a line is {_LINE}")
     paths, numbers = tuple(lines_of), np.array(targets, dtype=np.int64)
     if not (root / paths[0]).is_file():
         raise UserError(f"{file} begins with {paths[0]}, but there is no file {root / paths[0]}", "set data.root=ROOT")

@@ -1,4 +1,4 @@
-"""The images below a folder, as torchvision's ImageFolder reads them, and how many files are not read.
+"""The images (or videos) below a folder, as torchvision's ImageFolder reads them, and how many files are not read.
 
 A directory's entries bring their kinds along, so 1.28 million files are listed without a look at any one of them.
 """
@@ -7,23 +7,39 @@ import os
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from contextual_cnn.errors import UserError
 from contextual_cnn.text import printable
 
-IMAGE_EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+
+@dataclass(frozen=True)
+class FileKind:
+    """The files that make a data set. noun: of one. example: its name in messages. extensions: in lower case."""
+
+    noun: str
+    example: str
+    extensions: tuple[str, ...]
 
 
-def list_images(folder: Path) -> tuple[list[str], Counter[str]]:
-    """A folder's own images by name, then those of its subfolders, which are in the order of their paths.
+IMAGE_FILES = FileKind("image", "IMAGE.jpg", (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"))
+VIDEO_FILES = FileKind(
+    "video",
+    "VIDEO.mp4",
+    (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ogv", ".flv", ".wmv", ".3gp"),
+)
+
+
+def list_files(folder: Path, kind: FileKind = IMAGE_FILES) -> tuple[list[str], Counter[str]]:
+    """A folder's own files of a kind by name, then those of its subfolders, which are in the order of their paths.
 
     Hidden files and folders do not count. A folder that several links reach is read once, so that a loop of links ends.
 
     Returns:
         Paths below the folder; and the number of files that are not read, by kind (".heic": 5).
     """
-    images: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {}
     not_read: Counter[str] = Counter()
     folders, links, seen = deque([""]), deque[str](), set()
     while folders or links:
@@ -37,14 +53,14 @@ def list_images(folder: Path) -> tuple[list[str], Counter[str]]:
         for entry in entries_of(folder / below):
             if is_folder(entry):
                 subfolders.append((entry.name, entry.is_symlink()))
-            elif _is_image(entry):
+            elif _is_of(kind, entry):
                 names.append(entry.name)
             else:
-                not_read[kind_of(entry)] += 1
-        images[below] = sorted(names)
+                not_read[ending_of(entry, kind)] += 1
+        found[below] = sorted(names)
         for name, is_link in sorted(subfolders):
             (links if is_link else folders).append(os.path.join(below, name))
-    return [os.path.join(below, name) for below in sorted(images) for name in images[below]], not_read
+    return [os.path.join(below, name) for below in sorted(found) for name in found[below]], not_read
 
 
 def entries_of(folder: Path) -> Iterator[os.DirEntry]:
@@ -61,10 +77,10 @@ def is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def kind_of(entry: os.DirEntry) -> str:
+def ending_of(entry: os.DirEntry, kind: FileKind = IMAGE_FILES) -> str:
     """What a file that is not read is counted as: its ending."""
     ending = printable(os.path.splitext(entry.name)[1].lower())
-    if ending in IMAGE_EXTENSIONS and not _is_image(entry):
+    if ending in kind.extensions and not _is_of(kind, entry):
         return f"{ending} that is not a file"
     return ending or "without an ending"
 
@@ -77,9 +93,9 @@ def describe_not_read(not_read: Counter[str]) -> str:
     return ", ".join(parts + ([f"{others} others"] if others else []))
 
 
-def _is_image(entry: os.DirEntry) -> bool:
+def _is_of(kind: FileKind, entry: os.DirEntry) -> bool:
     try:
-        return entry.name.lower().endswith(IMAGE_EXTENSIONS) and entry.is_file()
+        return entry.name.lower().endswith(kind.extensions) and entry.is_file()
     except OSError:  # a link to itself
         return False
 

@@ -1,5 +1,6 @@
 """Which layout a root has, and opening a split of it."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from contextual_cnn.errors import UserError
 
 Layout = Literal["folders", "list", "shards", "benchmark", "synthetic"]
 
-_OPEN = {
+_OPEN: Mapping[Layout, Callable[[Path, str, tuple[str, ...] | None], ImageSource]] = {
     "folders": open_class_folders,
     "list": open_file_list,
     "shards": open_tar_shards,

@@ -6,6 +6,7 @@ image's neighbour is a stranger.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,11 @@ from contextual_cnn.settings.evaluation import ContextControl
 from contextual_cnn.task import Call
 from contextual_cnn.tasks.image_classification.measure import Accuracy, ClassificationEvaluation
 
-# (B, E) contexts of a batch -> those that take their places
-_CONTROLS: Mapping[ContextControl, Callable[[Tensor], Tensor]] = {
-    "swap": lambda contexts: contexts.roll(1, dims=0),
-    "mean": lambda contexts: contexts.mean(dim=0, keepdim=True).expand_as(contexts),
-    "zero": torch.zeros_like,
+# (B F, E) contexts of a batch, F of each sample (frames of a video; 1 of an image) -> those that take their places
+_CONTROLS: Mapping[ContextControl, Callable[[Tensor, int], Tensor]] = {
+    "swap": lambda contexts, frames: contexts.roll(frames, dims=0),
+    "mean": lambda contexts, _: contexts.mean(dim=0, keepdim=True).expand_as(contexts),
+    "zero": lambda contexts, _: torch.zeros_like(contexts),
 }
 
 
@@ -64,7 +65,7 @@ class ControlledAccuracy:
         world: World,
         among: Tensor | None,
         observe: Callable[[Tensor, Tensor], None] | None,
-        control: Callable[[Tensor], Tensor],
+        control: Callable[[Tensor, int], Tensor],
         stages: Sequence[int],
     ) -> None:
         self._model, self._control, self._stages = model, control, stages
@@ -77,7 +78,7 @@ class ControlledAccuracy:
     def add(self, call: Call, batch: Batch) -> None:
         """Shows the model a batch, twice."""
         self._own.add(call, batch)
-        with self._other_contexts():
+        with self._other_contexts(batch.size):
             self._other.add(call, batch)
 
     def report(self) -> dict[str, float]:
@@ -106,9 +107,11 @@ class ControlledAccuracy:
         )
 
     @contextmanager
-    def _other_contexts(self) -> Iterator[None]:
-        mergings = [self._model.mergings[str(stage)] for stage in self._stages]
-        hooks = [merging.register_forward_hook(lambda _, __, contexts: self._control(contexts)) for merging in mergings]
+    def _other_contexts(self, samples: int) -> Iterator[None]:
+        def control(_: nn.Module, __: Any, contexts: Tensor) -> Tensor:
+            return self._control(contexts, len(contexts) // samples)
+
+        hooks = [self._model.mergings[str(stage)].register_forward_hook(control) for stage in self._stages]
         try:
             yield
         finally:

@@ -57,11 +57,11 @@ def differing_data(own: DataSettings, evaluated: DataSettings) -> dict[str, Any]
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Writes the report, whose "differences" and "control" choose the file, and prints where it is.
+    """Writes the report, whose "differences", "control" and "views" choose the file, and prints where it is.
 
     A folder that cannot be written costs the file alone.
     """
-    path = folder / _file_name(report["differences"] | report.get("control", {}))
+    path = folder / _file_name(report["differences"] | report.get("control", {}) | report.get("views", {}))
     try:
         path.write_text(json.dumps(report, indent=2) + "\n")
         print(f"report: {path}")

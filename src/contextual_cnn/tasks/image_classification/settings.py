@@ -37,6 +37,17 @@ class ImageClassificationSettings:
         return evaluation
 
 
+def with_num_classes(model: ModelSettings, data: ImageData) -> ModelSettings:
+    """The settings of a model for these data. Raises UserError for another number of classes."""
+    wanted, found = model.num_classes, data.num_classes
+    if wanted not in (None, found):
+        raise UserError(
+            f"model.num_classes={wanted}, but {data.settings.root} has {found} classes",
+            "model.num_classes=null takes the number from the data",
+        )
+    return replace(model, num_classes=found)
+
+
 class OpenImageClassification:
     """The data have been found.
 
@@ -47,13 +58,7 @@ class OpenImageClassification:
     def __init__(self, settings: ImageClassificationSettings) -> None:
         self.data = ImageData(settings.data)
         self.samples = len(self.data.sources["train"])
-        wanted, found = settings.model.num_classes, self.data.num_classes
-        if wanted not in (None, found):
-            raise UserError(
-                f"model.num_classes={wanted}, but {settings.data.root} has {found} classes",
-                "model.num_classes=null takes the number from the data",
-            )
-        self.settings = replace(settings, model=replace(settings.model, num_classes=found))
+        self.settings = replace(settings, model=with_num_classes(settings.model, self.data))
 
     def check(self, plan: BatchPlan) -> None:
         """Raises UserError for a micro-batch that cannot be mixed."""

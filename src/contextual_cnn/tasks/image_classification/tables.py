@@ -63,6 +63,8 @@ def _title(name: str, report: Mapping[str, Any]) -> str:
     if report["differences"]:
         keys = ", ".join(f"data.{key}={value}" for key, value in report["differences"].items())
         lines.append(f"not the run's own val split: {keys}")
+    if report.get("views"):
+        lines.append(", ".join(f"clip.{key}={value}" for key, value in report["views"].items()))
     return escape("\n".join(lines))
 
 
