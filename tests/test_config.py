@@ -173,6 +173,8 @@ MISTAKES = [
     (["data.root=x", "data.limit=0"], "data.limit must be 1 or more", "data.limit=1"),
     (["data.root=x", "experiment=table4_a22"], "no experiment named table4_a22", "experiment=table4_a2?"),
     (["output_dir=x", "experiment=table4_a22", "--cfg", "job"], "no experiment named", "experiment=table4_a2?"),
+    (["data.root=x", "model=_contex"], "no model named _contex", "did you mean model=convnext_t?"),
+    (["data.root=x", "model=_context"], "a part that other choices of model share", "there are contextual_"),
     (["data.root=x", "run_name="], "run_name=''", "run_name=NAME"),
     (["data.root=x", "run_name=.."], "run_name='..'", "run_name=NAME"),
     (["data.root=x", "run_name=."], "run_name='.'", "run_name=NAME"),

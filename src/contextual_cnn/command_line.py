@@ -79,7 +79,7 @@ def check_choices() -> None:
         if not isinstance(name, str) or override.get_key_element().lstrip("+") not in runtime.choices:
             continue
         there = sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
-        if there and not any((folder / group / f"{name}.yaml").is_file() for folder in folders):
+        if there and (_is_base(name) or not any((folder / group / f"{name}.yaml").is_file() for folder in folders)):
             raise _no_such_choice(group, name, there)
 
 
@@ -128,9 +128,18 @@ def explain(error: Exception) -> UserError:
 
 
 def _no_such_choice(group: str, name: str, there: Iterable[str]) -> UserError:
-    near = difflib.get_close_matches(name, list(there), n=1, cutoff=0.3)
+    choices = [choice for choice in there if not _is_base(choice)]
+    fix = f"there are {', '.join(choices)}"
+    if _is_base(name) and name in there:
+        return UserError(f"{group}={name} is a part that other choices of {group} share, not a choice", fix)
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.3)
     hint = f"did you mean {group}={near[0]}? " if near else ""
-    return UserError(f"there is no {group} named {name}", f"{hint}there are {', '.join(there)}")
+    return UserError(f"there is no {group} named {name}", f"{hint}{fix}")
+
+
+def _is_base(name: str) -> bool:
+    """Of a file that others of its group list in their defaults."""
+    return name.startswith("_")
 
 
 def _explain_argument(argument: str, otherwise: str = "") -> UserError:
