@@ -6,12 +6,15 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from contextual_cnn.contracts import StagedScores
 from contextual_cnn.errors import UserError
 from contextual_cnn.models import build_model
 from contextual_cnn.models.class_context import Merging
-from contextual_cnn.models.contextual_conv import Generators, WeightOffset
+from contextual_cnn.models.contextual_conv import ContextualConv2d, Generators, WeightOffset
 from contextual_cnn.settings.model import ModelSettings
 from tests.conftest import wake_up
+from tests.helpers.commands import composed
+from tests.helpers.commands import fresh_hydra as _fresh_hydra  # noqa: F401 - a fixture
 from tests.helpers.small_models import small
 
 SWITCHES = {
@@ -23,6 +26,7 @@ SWITCHES = {
     "generator_width": 8,
     "offset_bias": False,
     "convolution": "scale_shift",
+    "context_layers": "released",
 }
 BACKBONES = ["convnext_atto", "resnet50"]
 
@@ -44,7 +48,8 @@ def test_a_fresh_model_of_any_choice_is_its_plain_twin(tmp_path, twin, switch):
 
 
 def test_every_parameter_learns_with_all_cures_at_once():
-    cures = {key: value for key, value in SWITCHES.items() if key not in ("context_of", "convolution")}
+    others = ("context_of", "convolution", "context_layers")
+    cures = {key: value for key, value in SWITCHES.items() if key not in others}
     model = wake_up(build(layer_scale=1.0, **cures))
     for layer in model.modules():
         if isinstance(layer, WeightOffset):
@@ -53,6 +58,74 @@ def test_every_parameter_learns_with_all_cures_at_once():
     scores = model(torch.randn(6, 3, 64, 64))
     sum(logits.square().mean() for logits in scores.logits).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+# Counted once by building the models of the released code (commit 167050e of aliyun/Contextual-Convolutional-Networks)
+# with 1000 classes and the defaults of its main.py. A block is contextual every 3 in a ConvNeXt, as in its run.sh.
+RELEASED = {
+    ("released_t",): 33_949_668,
+    ("released_t", "model=contextual_convnext_s"): 59_611_494,
+    ("released_t", "model=contextual_convnext_b"): 104_159_810,
+    ("released_r50",): 27_971_582,
+    ("released_r50", "model.contextual_every=1"): 29_555_744,
+}
+
+
+@pytest.mark.parametrize("experiment", RELEASED, ids=" ".join)
+def test_the_released_models_have_as_many_parameters_as_the_released_code(experiment):
+    name, *overrides = experiment
+    settings = composed(f"experiment={name}", *overrides)["model"] | {"num_classes": 1000}
+    with torch.device("meta"):
+        model = build_model(ModelSettings(**settings))
+    assert sum(parameter.numel() for parameter in model.parameters()) == RELEASED[experiment]
+
+
+@pytest.mark.parametrize("twin", BACKBONES)
+def test_released_layers_depend_on_the_width_of_the_stages_convolutions(twin):
+    model = build(twin, context_layers="released", mask=True)
+    for stage, blocks in enumerate(model.stage_blocks(), start=1):
+        layers = [layer for block in blocks for layer in block.modules() if isinstance(layer, ContextualConv2d)]
+        for conv in layers:
+            channels, taps = conv.sampling_offset.from_features.in_channels, conv.taps
+            maps = conv.sampling_offset.out
+            assert (maps.out_channels, maps.groups, conv.mask) == (3 * taps, 1, None)
+            assert maps.in_channels == conv.weight_offset.out.in_features == channels // (16 if taps == 49 else 4)
+            assert model.mergings[str(stage)].after[0].out_features == channels // 2
+            assert model.projections[str(stage)][2].out_features == channels
+        assert bool(layers) == (stage > 1)
+
+
+@pytest.mark.parametrize("twin", BACKBONES)
+def test_a_released_layer_makes_the_mask_of_its_last_maps(twin):
+    """With a bias there alone, 2 sigmoid(bias) weighs each tap, which the kernel could do as well."""
+    torch.manual_seed(0)
+    model = build(twin, context_layers="released", mask=True, generator_norm="batch").eval()
+    conv = next(layer for layer in model.modules() if isinstance(layer, ContextualConv2d))
+    factors = torch.randn(conv.taps)
+    x, context = torch.randn(2, conv.weight_offset.out.out_features // conv.taps, 8, 8), torch.randn(2, 512)
+    context = context[:, : conv.sampling_offset.from_context.in_features]
+    with torch.no_grad():
+        conv.sampling_offset.out.bias[2 * conv.taps :] = factors
+        masked = conv(x, context)
+        conv.sampling_offset.out.bias.zero_()
+        conv.weight.mul_(2 * factors.sigmoid().view(conv.weight.shape[2:]))
+        assert_close(masked, conv(x, context))
+
+
+@pytest.mark.parametrize("twin", BACKBONES)
+def test_every_parameter_of_released_layers_learns(twin):
+    model = wake_up(build(twin, context_layers="released", mask=True))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("gamma", "bn3.weight")):
+            nn.init.ones_(parameter)
+    sum(logits.square().mean() for logits in model(torch.randn(6, 3, 64, 64)).logits).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+@pytest.mark.parametrize("kind", ["weight_offsets", "sampling_offsets", "extra_input", "scale_shift", "without_prior"])
+def test_released_layers_go_with_every_row_of_the_ablations(kind):
+    scores = build(context_layers="released", convolution=kind, mask=True)(torch.randn(2, 3, 64, 64))
+    assert StagedScores.of(scores).logits[-1].shape == (2, 10)
 
 
 def test_a_batch_norm_takes_out_of_a_generator_what_all_images_share():

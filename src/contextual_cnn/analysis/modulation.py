@@ -56,8 +56,12 @@ def record_modulations(model: nn.Module, inputs: Tensor) -> list[Modulation]:
         for handle in handles:
             handle.remove()
     return [
-        Modulation(
-            name, layer, sizes[name], offsets.get(f"{name}.weight_offset"), offsets.get(f"{name}.sampling_offset")
-        )
+        Modulation(name, layer, sizes[name], offsets.get(f"{name}.weight_offset"), _positions(offsets, name, layer))
         for name, layer in layers
     ]
+
+
+def _positions(offsets: dict[str, Tensor], name: str, layer: ContextualConv2d) -> Tensor | None:
+    """dp alone, where a layer's sampling_offset makes its mask too."""
+    maps = offsets.get(f"{name}.sampling_offset")
+    return maps[:, : 2 * layer.taps] if maps is not None else None

@@ -1,6 +1,6 @@
 """Classes as context (sections 3.1, 3.2): class embeddings, the classifying step and the merging step.
 
-Shapes: B images, C channels of a stage, N classes, k classes kept, E embedding size.
+Shapes: B images, C channels of a stage, N classes, k classes kept, E embedding size, D context size.
 """
 
 import math
@@ -43,22 +43,22 @@ class ClassEmbeddings(nn.Module):
 class Projection(nn.Sequential):
     """A stage's map to the space of the class embeddings: GAP, FC, norm, ReLU, FC (section 3.2, classifying).
 
-    The hidden width C is the released ConvNeXt's; the released ResNet has C / 4.
-
     Args:
         norm: "layer" (the paper) or "batch" (the released code's ResNet). Pooled features of different images point
             almost the same way at first, and the cosine sees nothing else; a layer norm leaves that, a batch norm
             takes out what all images share. Why it is the default: docs/evidence.md.
+        hidden: width between the two FC; None is C.
     """
 
-    def __init__(self, channels: int, embedding_dim: int, norm: Norm) -> None:
+    def __init__(self, channels: int, embedding_dim: int, norm: Norm, hidden: int | None = None) -> None:
+        hidden = hidden or channels
         super().__init__(
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
-            nn.Linear(channels, channels),
-            vector_norm(norm, channels),
+            nn.Linear(channels, hidden),
+            vector_norm(norm, hidden),
             nn.ReLU(),
-            nn.Linear(channels, embedding_dim),
+            nn.Linear(hidden, embedding_dim),
         )
 
 
@@ -85,16 +85,18 @@ class Merging(nn.Module):
 
     Args:
         norm: the last one. "layer" (the paper) leaves what the contexts of all images share, "batch" takes it out.
+        context_dim: width of the context, D; None is E (the paper).
     """
 
-    def __init__(self, embedding_dim: int, norm: Norm = "layer") -> None:
+    def __init__(self, embedding_dim: int, norm: Norm = "layer", context_dim: int | None = None) -> None:
         super().__init__()
+        context_dim = context_dim or embedding_dim
         hidden = max(embedding_dim // 4, 128)  # released code
         self.before = nn.Sequential(nn.Linear(embedding_dim, hidden), nn.LayerNorm(hidden), nn.ReLU())
-        self.after = nn.Sequential(nn.Linear(hidden, embedding_dim), vector_norm(norm, embedding_dim), nn.ReLU())
+        self.after = nn.Sequential(nn.Linear(hidden, context_dim), vector_norm(norm, context_dim), nn.ReLU())
 
     def forward(self, embeddings: Tensor, shortlist: Tensor, scores: Tensor | None = None) -> Tensor:
-        """(N, E) table and (B, k) kept classes -> (B, E) context.
+        """(N, E) table and (B, k) kept classes -> (B, D) context.
 
         Args:
             scores: (B, N) logits; the mean is weighted by their softmax over the shortlist, so that the context has a

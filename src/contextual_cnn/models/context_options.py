@@ -8,7 +8,7 @@ from torch import nn
 
 from contextual_cnn.contracts import STAGES
 from contextual_cnn.models.contextual_conv import Generators, replace_convolution
-from contextual_cnn.settings.model import ContextInit, ContextOf, Convolution, Merge, Norm, Selection
+from contextual_cnn.settings.model import ContextInit, ContextLayers, ContextOf, Convolution, Merge, Norm, Selection
 
 WITHOUT_CONTEXT = ("without_prior", "deformable", "plain")
 _CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -20,6 +20,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "merge": get_args(Merge),
     "context_of": get_args(ContextOf),
     "convolution": get_args(Convolution),
+    "context_layers": get_args(ContextLayers),
 }
 
 
@@ -48,6 +49,11 @@ class ContextOptions:
     contextual_every: N makes the first of every N blocks of a contextual stage contextual (the paper: 3 for ConvNeXt,
         nothing for ResNet; the released ResNet's default is 2).
     convolution, mask, generator_norm, generator_width, offset_bias: see `replace_convolution` and `Generators`.
+    context_layers: widths and generators. "paper" (which leaves a projection's hidden width open): projections have C
+        hidden units, contexts are E wide, and sampling offsets come from depthwise generators. "released" (the authors'
+        code) goes by c, the channels of the stage's contextual convolutions: C in a ConvNeXt, C/4 in a ResNet.
+        Projections have c hidden units, contexts are c/2 wide, and generators are dense, see `TapMaps`. Norms, mask
+        and initialisation have keys of their own; the experiments released_t and released_r50 set all of them.
 
     Raises:
         ValueError: a choice that there is not.
@@ -68,6 +74,7 @@ class ContextOptions:
     generator_norm: Norm = "layer"
     generator_width: int = 1
     offset_bias: bool = True
+    context_layers: ContextLayers = "paper"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -87,11 +94,15 @@ class ContextOptions:
     @property
     def generators(self) -> Generators:
         """Of the offsets' generators."""
-        return Generators(self.generator_norm, self.generator_width, self.offset_bias)
+        return Generators(self.generator_norm, self.generator_width, self.offset_bias, self.context_layers)
+
+    def context_dim(self, channels: int) -> int:
+        """Width of the context of convolutions of so many channels."""
+        return channels // 2 if self.context_layers == "released" else self.embedding_dim
 
     def replace(self, conv: nn.Conv2d) -> nn.Module:
         """What takes the place of a plain convolution."""
-        context_dim = self.embedding_dim if self.has_context else 0
+        context_dim = self.context_dim(conv.in_channels) if self.has_context else 0
         return replace_convolution(conv, self.convolution, context_dim, self.generators, self.mask)
 
 

@@ -18,7 +18,7 @@ from contextual_cnn.contracts import at_least_float32
 from contextual_cnn.models.class_context import vector_norm
 from contextual_cnn.ops import contextual_conv2d
 from contextual_cnn.ops.sampled_conv import implementation_on
-from contextual_cnn.settings.model import Convolution, Norm
+from contextual_cnn.settings.model import ContextLayers, Convolution, Norm
 
 
 class Generators(NamedTuple):
@@ -28,11 +28,13 @@ class Generators(NamedTuple):
         pooled features, and a context behind a ReLU. A layer norm leaves that, a batch norm takes it out.
     width: hidden units of `WeightOffset`, at least; the released code's share of the channels leaves a narrow model 3.
     bias: of the last layer of `WeightOffset`. It is a second static kernel, which weight decay spares.
+    layers: of `TapMaps`. "paper": sampling offsets and mask have layers of their own. "released": one makes both.
     """
 
     norm: Norm = "layer"
     width: int = 1
     bias: bool = True
+    layers: ContextLayers = "paper"
 
 
 PAPERS_GENERATORS = Generators()
@@ -124,36 +126,40 @@ class ContextualConv2d(_Replacement):
         mask: bool = False,
     ) -> None:
         super().__init__(conv)
-        taps = self.weight[0, 0].numel()
+        self.taps = taps = self.weight[0, 0].numel()
+        joint = mask and sampling_offsets and generators.layers == "released"  # sampling_offset makes the mask too
+        maps = 3 * taps if joint else 2 * taps
         self.weight_offset = WeightOffset(conv, context_dim, generators) if weight_offsets else None
-        self.sampling_offset = TapMaps(conv, context_dim, 2 * taps, generators.norm) if sampling_offsets else None
-        self.mask = TapMaps(conv, context_dim, taps, generators.norm) if mask else None
+        self.sampling_offset = TapMaps(conv, context_dim, maps, generators) if sampling_offsets else None
+        self.mask = TapMaps(conv, context_dim, taps, generators) if mask and not joint else None
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(B, C, H, W) features and (B, E) context -> (B, O, Ho, Wo)."""
         x = _as_conv2d_takes(x)
+        weight_offset = self.weight_offset(x, context) if self.weight_offset is not None else None
+        sampling_offset = self.sampling_offset(x, context) if self.sampling_offset is not None else None
+        mask = self.mask(x, context) if self.mask is not None else None
+        if sampling_offset is not None and sampling_offset.shape[1] > 2 * self.taps:  # both from one layer
+            sampling_offset, mask = sampling_offset.split([2 * self.taps, self.taps], dim=1)
         return contextual_conv2d(
             x,
             self.weight,
             self.bias,
-            weight_offset=self.weight_offset(x, context) if self.weight_offset is not None else None,
-            sampling_offset=self.sampling_offset(x, context) if self.sampling_offset is not None else None,
-            mask=2 * self.mask(x, context).sigmoid() if self.mask is not None else None,
+            weight_offset=weight_offset,
+            sampling_offset=sampling_offset,
+            mask=2 * mask.sigmoid() if mask is not None else None,
             **self.geometry,
         )
 
 
 class WeightOffset(nn.Module):
-    """dw: [GAP(x), context] -> FC, LN, ReLU, FC -> a kernel of its own for every image and input channel.
-
-    The hidden width, C / 16 for 7x7 and C / 4 for 3x3, is the released code's.
-    """
+    """dw: [GAP(x), context] -> FC, LN, ReLU, FC -> a kernel of its own for every image and input channel."""
 
     def __init__(self, conv: nn.Conv2d, context_dim: int, generators: Generators) -> None:
         super().__init__()
         self.kernel_size = tuple(conv.kernel_size)
         channels, taps = conv.in_channels, self.kernel_size[0] * self.kernel_size[1]
-        width = max(channels // (16 if taps > 9 else 4), generators.width)
+        width = _hidden_width(conv, generators)
         self.hidden = _hidden_layer(channels + context_dim, width, generators.norm)
         self.out = nn.Linear(width, channels * taps, bias=generators.bias)
         _zero(self.out)
@@ -161,6 +167,11 @@ class WeightOffset(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         """(B, C, H, W), (B, E) -> (B, C, kh, kw)."""
         return self.out(self.hidden(_pooled_with(x, context))).view(*x.shape[:2], *self.kernel_size)
+
+
+def _hidden_width(conv: nn.Conv2d, generators: Generators) -> int:
+    """C / 16 for 7x7 and C / 4 for 3x3, as in the released code."""
+    return max(conv.in_channels // (16 if conv.weight[0, 0].numel() > 9 else 4), generators.width)
 
 
 def _hidden_layer(inputs: int, width: int, norm: Norm) -> nn.Sequential:
@@ -177,19 +188,23 @@ def _pooled_with(x: Tensor, context: Tensor | None) -> Tensor:
 class TapMaps(nn.Module):
     """dp: [x, expand(context)] -> 1x1 conv, LN, ReLU, depthwise conv -> maps shared by all channels.
 
+    In the released code the last convolution is dense, and there are as many hidden maps as `WeightOffset` has units.
+
     The context is the same at every position, so its part of the 1x1 convolution is computed once per image
     and added; the expanded map of the paper's figure 3b is never made.
 
     The last convolution has size, stride and dilation of the one that it makes offsets for.
     """
 
-    def __init__(self, conv: nn.Conv2d, context_dim: int, maps: int, norm: Norm) -> None:
+    def __init__(self, conv: nn.Conv2d, context_dim: int, maps: int, generators: Generators) -> None:
         super().__init__()
-        self.from_features = nn.Conv2d(conv.in_channels, maps, 1)
-        self.from_context = nn.Linear(context_dim, maps, bias=False) if context_dim else None
-        self.norm = nn.BatchNorm2d(maps) if norm == "batch" else LayerNorm2d(maps)
+        dense = generators.layers == "released"
+        width = _hidden_width(conv, generators) if dense else maps
+        self.from_features = nn.Conv2d(conv.in_channels, width, 1)
+        self.from_context = nn.Linear(context_dim, width, bias=False) if context_dim else None
+        self.norm = nn.BatchNorm2d(width) if generators.norm == "batch" else LayerNorm2d(width)
         self.act = nn.ReLU()
-        self.out = nn.Conv2d(maps, maps, **_options_of(conv), groups=maps)
+        self.out = nn.Conv2d(width, maps, **_options_of(conv), groups=1 if dense else maps)
         _zero(self.out)
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:

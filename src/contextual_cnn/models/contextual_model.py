@@ -8,7 +8,8 @@ before the classifier is the projection to the class embeddings, so `forward_hea
 Stages cannot be called one by one: intermediate features come from `forward_intermediates`, never from hooks or
 from the model taken apart.
 
-Shapes: B images, N classes, k classes of a shortlist, E embedding size, C channels of a stage.
+Shapes: B images, N classes, k classes of a shortlist, E embedding size, D context size (E in the
+paper), C channels of a stage.
 """
 
 from collections.abc import Iterable, Sequence
@@ -35,7 +36,7 @@ class ContextualBlock(nn.Module):
     """A block of a backbone that takes a context besides the features; otherwise the plain block, names included."""
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """(B, C, H, W), (B, E) -> (B, C', H', W')."""
+        """(B, C, H, W), (B, D) -> (B, C', H', W')."""
         raise NotImplementedError
 
 
@@ -54,6 +55,7 @@ class ContextualModel(nn.Module):
         num_classes: N1; 0 is a model without a classifier.
         context_classes: N1 where num_classes is 0.
         drop_rate: dropout before the last stage's projection.
+        convolved: input channels of each stage's contextual convolutions; None is the channels of its map.
 
     Raises:
         ClassCountError: class counts that do not fit num_classes.
@@ -68,6 +70,7 @@ class ContextualModel(nn.Module):
         num_classes: int,
         context_classes: int,
         drop_rate: float,
+        convolved: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.feature_info, self.in_chans, self.num_classes = list(feature_info), in_chans, num_classes
@@ -77,11 +80,21 @@ class ContextualModel(nn.Module):
         self.selection, self.contextual_stages = options.selection, tuple(options.contextual_stages)
         self.merge, self.context_of = options.merge, options.context_of
         channels, width = [info["num_chs"] for info in feature_info[-STAGES:]], options.embedding_dim
+        convolved = convolved or channels
+        hidden = convolved if options.context_layers == "released" else channels
         # Keyed by the stage that they follow or precede
         self.projections = nn.ModuleDict(
-            {str(i): Projection(channels[i - 1], width, options.projection_norm) for i in self.classified_stages}
+            {
+                str(i): Projection(channels[i - 1], width, options.projection_norm, hidden[i - 1])
+                for i in self.classified_stages
+            }
         )
-        self.mergings = nn.ModuleDict({str(i): Merging(width, options.context_norm) for i in self.contextual_stages})
+        self.mergings = nn.ModuleDict(
+            {
+                str(i): Merging(width, options.context_norm, options.context_dim(convolved[i - 1]))
+                for i in self.contextual_stages
+            }
+        )
         for steps in (self.projections, self.mergings):
             initialize(steps, options.context_init)
         self.class_embeddings = ClassEmbeddings(classes, width)
@@ -227,7 +240,7 @@ class ContextualModel(nn.Module):
     def _context(
         self, stage: int, x: Tensor, shortlists: list[Tensor], logits: list[Tensor], told: Tensor | None
     ) -> Tensor:
-        """(B, E), merged from the classes that the stage considers; before stage 1 those are all."""
+        """(B, D), merged from the classes that the stage considers; before stage 1 those are all."""
         table = self.class_embeddings.weight
         if stage == 1 or self.context_of == "blind":
             everything = torch.arange(table.shape[0], device=x.device).expand(x.shape[0], -1)

@@ -83,7 +83,7 @@ class ContextualConvNeXtBlock(ContextualBlock):
         self.drop_path, self.use_conv_mlp = block.drop_path, block.use_conv_mlp
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """(B, C, H, W), (B, E) -> (B, C, H, W)."""
+        """(B, C, H, W), (B, D) -> (B, C, H, W)."""
         y = self.conv_dw(x, context)
         if self.use_conv_mlp:
             y = self.mlp(self.norm(y))

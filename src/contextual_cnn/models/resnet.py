@@ -3,7 +3,7 @@ convolutions.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -50,6 +50,7 @@ class ContextualResNet(ContextualModel):
             num_classes=num_classes,
             context_classes=context_classes,
             drop_rate=drop_rate,
+            convolved=[_first_block(plain, stage).conv2.in_channels for stage in range(1, STAGES + 1)],
         )
         self.conv1, self.bn1, self.act1, self.maxpool = plain.conv1, plain.bn1, plain.act1, plain.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = plain.layer1, plain.layer2, plain.layer3, plain.layer4
@@ -75,6 +76,10 @@ class ContextualResNet(ContextualModel):
             setattr(self, f"layer{stage}", nn.Sequential())
 
 
+def _first_block(model: ResNet, stage: int) -> Bottleneck:
+    return cast(Bottleneck, model.get_submodule(f"layer{stage}.0"))
+
+
 class ContextualBottleneck(ContextualBlock):
     """A bottleneck block whose 3x3 convolution takes a context; every other layer is the plain block's own."""
 
@@ -88,7 +93,7 @@ class ContextualBottleneck(ContextualBlock):
         self.drop_path, self.downsample = block.drop_path, block.downsample
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """(B, C, H, W), (B, E) -> (B, C', H', W')."""
+        """(B, C, H, W), (B, D) -> (B, C', H', W')."""
         y = self.act1(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y, context))
         y = self.aa(self.act2(self.drop_block(y)))

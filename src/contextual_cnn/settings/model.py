@@ -22,6 +22,7 @@ Selection = Literal["rerank", "reduce"]
 Merge = Literal["mean", "scores"]
 ContextInit = Literal["uniform", "trunc_normal"]
 ContextOf = Literal["shortlist", "clip", "told", "blind"]
+ContextLayers = Literal["paper", "released"]
 
 LARGEST = 2**16  # of a width, a depth, or a list of them in sum: no more than this is built
 
@@ -35,7 +36,7 @@ class ModelSettings:
     drop_path_rate, layer_scale: stochastic depth and the initial layer scale; None leaves the model's default.
     weights: a .pth, .pt or .safetensors file, or a run folder. A contextual model takes those of its plain twin
         and then starts as an exact drop-in for it.
-    class_counts to offset_bias: contextual models only, see `ContextOptions`; None leaves the default.
+    class_counts to context_layers: contextual models only, see `ContextOptions`; None leaves the default.
     timm_options: what else the backbone's class takes by keyword, such as patch_size: see `check_timm_options`.
     """
 
@@ -61,6 +62,7 @@ class ModelSettings:
     generator_norm: Norm | None = None
     generator_width: int | None = None
     offset_bias: bool | None = None
+    context_layers: ContextLayers | None = None
     timm_options: dict | None = None
 
     def __post_init__(self) -> None:
