@@ -108,7 +108,9 @@ def test_the_default_is_the_papers_recipe():
     assert config["schedule"]["epochs"] == 300
     assert config["schedule"]["warmup_epochs"] == 20
     optimizer = dict(name="adamw", lr=1e-3, weight_decay=0.05, betas=[0.9, 0.999], eps=1e-8, momentum=None)
-    assert config["optimizer"] == optimizer | dict(lr_scaling="none", lr_base_size=4096)
+    assert config["optimizer"] == optimizer | dict(
+        lr_scaling="none", lr_base_size=4096, bias_lr=None, classifier_lr=None
+    )
     assert config["schedule"]["name"] == "cosine"
     assert config["loss"]["alpha"] == 0.15
     assert config["trainer"]["ema_decay"] == 0.9999

@@ -109,6 +109,8 @@ YAML = "tests/test_config.py::test_every_yaml_composes_and_builds"
 D, G = "${D}_contextual_convnext_atto", "${G}_contextual_convnext_atto"
 
 # The test that runs it, or what keeps it from being run
+VIDEO = "tests/end_to_end/test_video.py::test_an_evaluation_counts_every_video_once_by_several_views"
+
 ELSEWHERE = {
     "./scripts/test.sh": "runs these tests",
     "./scripts/quickstart.sh": "installs and trains for minutes; its commands are those of docs/first-hour.md",
@@ -174,6 +176,17 @@ ELSEWHERE = {
         "tests/ops/test_sampled_conv_triton.py::test_compiles_for_sm_90_without_spilling_registers"
     ),
     "python scripts/dev/tune_kernels.py": "tests/end_to_end/test_scripts.py::test_the_kernels_can_be_tuned",
+    "pip install -e '.[video]'": "installs",
+    "python scripts/data/prepare_moving_digits.py data/moving_digits": VIDEO,
+    "python train.py experiment=moving_digits": VIDEO,
+    "python evaluate.py checkpoint=outputs/moving_digits_contextual_resnet50": VIDEO,
+    "torchrun --nproc-per-node 8 train.py experiment=resnet50_sgd data.root=IMAGENET": YAML,
+    "torchrun --nproc-per-node 8 train.py experiment=table2_kinetics data.root=KINETICS "
+    "model.weights=outputs/resnet50_sgd": YAML,
+    "python evaluate.py checkpoint=outputs/table2_kinetics": VIDEO,
+    "python evaluate.py checkpoint=outputs/table2_kinetics clip.crops=10": VIDEO,
+    "python evaluate.py checkpoint=outputs/table2_kinetics clip.sampling=dense clip.clips=10 clip.crops=3 "
+    "data.eval_batch_size=1": VIDEO,
     # docs/figures.md tells how its own pictures were made
     "python scripts/data/prepare_glyphs.py data/glyphs": "draws 14,000 letters in the system's fonts",
     "python scripts/data/prepare_glyphs.py data/glyphs_dark --dark-ink --val 20": "the same",

@@ -42,11 +42,8 @@ def images(batch=1, channels=3):
 
 
 def test_all_sizes_are_registered():
-    assert {
-        *MODELS,
-        *(f"contextual_convnext_{size}" for size in ("tiny", "small", "base")),
-        "contextual_resnet101",
-    } == set(ALL)
+    others = ("convnext_tiny", "convnext_small", "convnext_base", "resnet101")
+    assert {*MODELS, *(f"contextual_{name}" for name in others)} == set(ALL)
 
 
 @pytest.mark.parametrize("any_name", ALL)

@@ -1,0 +1,87 @@
+"""Videos by the real commands: trained, stopped, gone on with, shared by two processes, evaluated."""
+
+import signal
+
+import pytest
+
+from tests.conftest import ROOT, run_command, run_group
+from tests.helpers.endings import assert_same_end, checkpoint, losses, steps_logged
+from tests.helpers.quick_start import Command, run
+
+pytestmark = pytest.mark.run
+
+
+def small_video_run(root, output_dir, *overrides):
+    return [
+        "train.py",
+        "experiment=moving_digits",
+        f"data.root={root}",
+        "data.threads=1",
+        "data.eval_batch_size=6",
+        "clip.frames=4",
+        "model.timm_options={layers: [1, 1, 1, 1], base_width: 16}",
+        "schedule.epochs=3",
+        "trainer.global_batch_size=8",
+        "trainer.micro_batch_size=4",
+        "trainer.norm_batch=4",
+        "trainer.device=cpu",
+        "trainer.log_every=1",
+        "trainer.ema_decay=0.9",
+        "logger=local",
+        f"output_dir={output_dir}",
+        "run_name=run",
+        *overrides,
+    ]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    made = run_command("scripts/data/prepare_moving_digits.py", str(folder), "--train", "32", "--val", "20")
+    assert made.returncode == 0, made.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def straight(digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    status, printed = run(*small_video_run(digits, folder), output=folder / "output")
+    assert status == 0, printed
+    assert "train 32 videos, val 20 videos" in printed
+    return folder
+
+
+def test_a_run_that_was_stopped_in_an_epoch_ends_with_the_same_bits(straight, digits, tmp_path):
+    started = Command(*small_video_run(digits, tmp_path), output=tmp_path / "output")
+    started.wait_until(lambda: 6 in steps_logged(tmp_path))
+    started.send(signal.SIGTERM)
+    assert started.wait() == 75, started.printed
+    assert checkpoint(tmp_path)["step"] < 12
+    status, printed = run(*small_video_run(digits, tmp_path), output=tmp_path / "output")
+    assert status == 0, printed
+    assert_same_end(straight, tmp_path)
+
+
+def test_two_processes_learn_what_one_learns(straight, digits, tmp_path):
+    together = run_group(2, *small_video_run(digits, tmp_path))
+    assert together.returncode == 0, together.stdout
+    first = [[loss for _, loss, *_ in losses(folder)][:3] for folder in (tmp_path, straight)]
+    assert first[0] == pytest.approx(first[1], rel=1e-3)  # rounding grows from step to step
+
+
+def test_an_evaluation_counts_every_video_once_by_several_views(straight):
+    run_folder = straight / "run"
+    for views in ([], ["clip.clips=2", "clip.crops=10"], ["clip.crops=3", "context=swap"]):
+        done = run_command("evaluate.py", f"checkpoint={run_folder}", "device=cpu", *views)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip().splitlines()[-1].startswith("top-1 ")
+    written = {path.name for path in (run_folder / "checkpoints").glob("evaluation*.json")}
+    assert len(written) == 3
+    assert "evaluation.json" in written
+
+
+def test_a_script_of_images_refuses_a_model_of_videos(straight):
+    picture = ROOT / "docs" / "preview.jpg"
+    predicted = run_command("scripts/model/predict.py", str(picture), "--checkpoint", str(straight / "run"))
+    assert predicted.returncode == 2
+    assert "video_classification" in predicted.stderr
