@@ -9,6 +9,7 @@ python scripts/analysis/analyze.py FIGURE... --checkpoint outputs/NAME [--twin o
   sampling    where the contextual layers look from one position of the image
   weights     how the contextual layers change their kernels from image to image
   shortlist   the best classes after each stage, and which of them stay
+  context     how much contexts and offsets vary over the images of the val split, by stage; numbers in context.json too
   recall      how often the true class is among the best m after each stage, over the val split
 
 Without --images the figures show images of the checkpoint's val split. A file's true class is known where its folder
@@ -16,11 +17,13 @@ is named for a class. docs/figures.md shows every figure.
 """
 
 import argparse
+import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from contextual_cnn.analysis.class_embeddings import (
@@ -30,6 +33,7 @@ from contextual_cnn.analysis.class_embeddings import (
     plot_similarity,
     project,
 )
+from contextual_cnn.analysis.context_spread import context_spread, plot_context_spread, spread_table
 from contextual_cnn.analysis.grad_cam import grad_cam, last_convolution, plot_grad_cam
 from contextual_cnn.analysis.images import ImageMaker, Images, find_images, readable_names, spread
 from contextual_cnn.analysis.modulation import Modulation, record_modulations
@@ -223,6 +227,17 @@ def draw_shortlist(subject: Subject, path: Path) -> None:
     plot_shortlists(subject.images, subject.scores, subject.classes, path)
 
 
+def draw_context(subject: Subject, path: Path) -> None:
+    batches = subject.data.evaluation_batches(subject.world)
+    spreads = context_spread(subject.contextual, ((batch.images, batch.targets) for batch in batches))
+    what = "images of NOISE" if subject.data.settings.is_noise else "val images"
+    title = f"{subject.name}: contexts and offsets over {batches.images} {what}"
+    Console().print(spread_table(spreads, title))
+    report = {"images": batches.images, "stages": {stage: spread._asdict() for stage, spread in spreads.items()}}
+    path.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+    plot_context_spread(spreads, title, path)
+
+
 @torch.inference_mode()
 def draw_recall(subject: Subject, path: Path) -> None:
     batches = subject.data.evaluation_batches(subject.world)
@@ -240,6 +255,7 @@ FIGURES = {
     "sampling": draw_sampling,
     "weights": draw_weights,
     "shortlist": draw_shortlist,
+    "context": draw_context,
     "recall": draw_recall,
 }
 

@@ -1,5 +1,6 @@
 """The figures say what is so: their numbers against computations by hand, their pictures against their inputs."""
 
+import json
 import os
 import runpy
 
@@ -17,6 +18,7 @@ from contextual_cnn.analysis.class_embeddings import (
     plot_similarity,
     project,
 )
+from contextual_cnn.analysis.context_spread import context_spread, plot_context_spread, spread_table
 from contextual_cnn.analysis.grad_cam import grad_cam, last_convolution, plot_grad_cam
 from contextual_cnn.analysis.images import ImageMaker, Images, find_images, readable_names, spread
 from contextual_cnn.analysis.modulation import record_modulations
@@ -32,7 +34,7 @@ from contextual_cnn.models.contextual_conv import ContextualConv2d
 from contextual_cnn.ops import contextual_conv2d
 from contextual_cnn.settings.data import DataSettings
 from contextual_cnn.settings.model import ModelSettings
-from tests.conftest import ROOT, run_command, small_run
+from tests.conftest import ROOT, run_command, small_run, wake_up
 from tests.helpers.overrides import CROPS_ALONE
 
 CLASSES = [f"class {i}" for i in range(6)]
@@ -217,6 +219,71 @@ def test_weight_offsets_are_split_into_their_mean_and_the_differences(model, ima
     assert differ(drawn(tmp_path / "one.png"), drawn(tmp_path / "other.png"))
 
 
+def colourful(count):
+    """(count, 3, 64, 64) that do not look alike, as noise would."""
+    torch.manual_seed(1)
+    return 2 * torch.randn(count, 3, 1, 1) + torch.randn(count, 3, 64, 64)
+
+
+def spread_of(images, labels, sizes=(5, 3), **options):
+    """Of a model with offsets, shown the images in batches of these sizes; and the model."""
+    torch.manual_seed(0)
+    settings = dict(name="contextual_convnext_atto", num_classes=20, class_counts=[9, 6, 1], layer_scale=1.0)
+    model = wake_up(build_model(ModelSettings(**settings | options))).eval()
+    return context_spread(model, zip(images.split(sizes), labels.split(sizes), strict=True)), model
+
+
+def test_the_spread_of_contexts_and_offsets_is_that_of_all_images_at_once(tmp_path):
+    images, labels = colourful(8), torch.tensor([0, 0, 0, 1, 1, 5, 5, 5])
+    spreads, model = spread_of(images, labels)
+    assert list(spreads) == [2, 3, 4]
+    contexts = {}
+    for stage, merging in model.mergings.items():
+        merging.register_forward_hook(lambda *call, stage=int(stage): contexts.update({stage: call[2].double()}))
+    modulations = record_modulations(model, images)
+    for stage, found in spreads.items():
+        around = contexts[stage] - contexts[stage].mean(dim=0)
+        assert found.context == pytest.approx(
+            (around.square().sum() / 8).sqrt().item() / contexts[stage].mean(dim=0).norm().item(), rel=1e-4
+        )
+        means = torch.stack([around[labels == label].mean(dim=0) for label in labels])
+        assert found.between_classes == pytest.approx((means.square().sum() / around.square().sum()).item(), rel=1e-4)
+        assert 0 < found.between_classes < 1
+        layers = [m for m in modulations if m.name.startswith(f"stages.{stage - 1}.")]
+        assert len(layers) == 1 + (stage == 3)
+        varied = [(m.weight_offset - m.weight_offset.mean(dim=0)).square().sum().item() / 8 for m in layers]
+        kernels = [m.static_kernel().square().sum().item() for m in layers]
+        assert found.weight_offset == pytest.approx((sum(varied) / sum(kernels)) ** 0.5, rel=1e-4)
+        moved = [(m.sampling_offset - m.sampling_offset.mean(dim=0)).square().flatten() for m in layers]
+        assert found.sampling_offset == pytest.approx(torch.cat(moved).mean().sqrt().item(), rel=1e-4)
+    assert spread_table(spreads, "title").row_count == 3
+    for name, some in (("one", spreads), ("other", {2: spreads[2]._replace(sampling_offset=None)})):
+        plot_context_spread(some, "title", tmp_path / f"{name}.png")
+    assert differ(drawn(tmp_path / "one.png"), drawn(tmp_path / "other.png"))
+
+
+def test_blind_contexts_have_no_spread_and_told_ones_are_of_the_classes():
+    images, labels = colourful(8), torch.arange(8) % 2
+    blind, _ = spread_of(images, labels, context_of="blind")
+    assert [found.context for found in blind.values()] == pytest.approx([0.0] * 3, abs=1e-6)
+    assert all(found.weight_offset > 0 for found in blind.values())  # of the features
+    own, _ = spread_of(images, labels)
+    told, _ = spread_of(images, labels, context_of="told")
+    assert own[2].context > 1e-4
+    assert min(found.context for found in told.values()) > 1e-4
+    assert told[4].between_classes == pytest.approx(1.0)  # a shortlist of one class, the true one
+
+
+def test_a_spread_is_of_what_there_is():
+    images, labels = colourful(8), torch.arange(8) % 2
+    spreads, _ = spread_of(images, labels, convolution="sampling_offsets", contextual_stages=[4])
+    assert list(spreads) == [4]
+    assert spreads[4].weight_offset is None
+    assert spreads[4].sampling_offset > 0
+    masked, _ = spread_of(images, labels, context_layers="released", mask=True)
+    assert all(found.sampling_offset > 0 for found in masked.values())
+
+
 def test_shortlists_and_embeddings_are_drawn_from_the_scores(images, tmp_path):
     """Of any model: its numbers are all that the figures see."""
     points = project(table := torch.randn(6, 8))
@@ -279,7 +346,7 @@ def runs(tmp_path_factory, image_root):
 
 @pytest.mark.run
 def test_the_script_draws_everything_into_the_runs_folder_and_to_wandb(runs, image_root):
-    figures = ("gradcam", "embeddings", "similarity", "sampling", "weights", "shortlist", "recall")
+    figures = ("gradcam", "embeddings", "similarity", "sampling", "weights", "shortlist", "context", "recall")
     done = run_command(
         "scripts/analysis/analyze.py", *figures, "--checkpoint", str(runs / "contextual"),
         "--twin", str(runs / "plain"), "--stage", "2", "--count", "2", "--device", "cpu", "--wandb",
@@ -288,6 +355,9 @@ def test_the_script_draws_everything_into_the_runs_folder_and_to_wandb(runs, ima
     for name in figures:
         picture = drawn(runs / "contextual" / "figures" / f"{name}.png")
         assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 30, name
+    spreads = json.loads((runs / "contextual" / "figures" / "context.json").read_text())
+    assert set(spreads["stages"]) == {"2", "3", "4"}
+    assert spreads["stages"]["2"]["context"] > 0
     mirrored = list((runs / "contextual" / "wandb").glob("offline-run-*/files/media/images/figures/*.png"))
     assert len(mirrored) == len(figures)
 
@@ -297,6 +367,7 @@ def test_the_script_draws_everything_into_the_runs_folder_and_to_wandb(runs, ima
     ("arguments", "explained"),
     [
         (["shortlist", "--checkpoint", "RUNS/plain"], "convnext_atto"),
+        (["context", "--checkpoint", "RUNS/plain"], "convnext_atto"),
         (["similarity", "--checkpoint", "RUNS/contextual"], "--twin"),
         (["gradcam", "--checkpoint", "RUNS/contextual"], r"\b32 pixels\s.*--stage 3"),
         (

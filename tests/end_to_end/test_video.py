@@ -2,8 +2,10 @@
 
 import signal
 
+import numpy as np
 import pytest
 
+from contextual_cnn.data.video.decode import read_frames
 from tests.conftest import ROOT, run_command, run_group
 from tests.helpers.endings import assert_same_end, checkpoint, losses, steps_logged
 from tests.helpers.quick_start import Command, run
@@ -49,6 +51,19 @@ def straight(digits, tmp_path_factory):
     assert status == 0, printed
     assert "train 32 videos, val 20 videos" in printed
     return folder
+
+
+def test_every_clip_is_there_backwards_with_the_very_same_pictures(digits):
+    """Otherwise a model could tell the directions apart without looking at the order."""
+    pairs = [(there, digits / split / back / there.name)
+             for split in ("train", "val")
+             for forth, back in (("right", "left"), ("down", "up"))
+             for there in sorted((digits / split / forth).iterdir())]
+    assert len(pairs) == (32 + 20) // 2
+    for there, back in pairs:
+        forwards, backwards = (read_frames(path.read_bytes(), np.arange) for path in (there, back))
+        assert np.array_equal(forwards, backwards[::-1])
+        assert not np.array_equal(forwards, backwards)
 
 
 def test_a_run_that_was_stopped_in_an_epoch_ends_with_the_same_bits(straight, digits, tmp_path):

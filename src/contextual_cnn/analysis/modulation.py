@@ -31,8 +31,12 @@ class Modulation(NamedTuple):
 
 
 @torch.no_grad()
-def record_modulations(model: nn.Module, inputs: Tensor) -> list[Modulation]:
-    """One pass of (B, 3, S, S) images: what each contextual convolution came to, in the order of the layers."""
+def record_modulations(model: nn.Module, inputs: Tensor, told: Tensor | None = None) -> list[Modulation]:
+    """One pass of (B, 3, S, S) images: what each contextual convolution came to, in the order of the layers.
+
+    Args:
+        told: (B,) true classes, for a `ContextualModel` of context_of="told".
+    """
     sizes: dict[str, tuple[int, int]] = {}
     offsets: dict[str, Tensor] = {}
     handles = []
@@ -51,7 +55,7 @@ def record_modulations(model: nn.Module, inputs: Tensor) -> list[Modulation]:
                 key = f"{name}.{part}"
                 handles.append(generator.register_forward_hook(lambda *call, key=key: keep(offsets, key, call[2])))
     try:
-        model(inputs)
+        model(inputs) if told is None else model(inputs, told=told)
     finally:
         for handle in handles:
             handle.remove()
