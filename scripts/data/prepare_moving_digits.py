@@ -36,8 +36,8 @@ def main() -> None:
             digit = digits[draws.integers(len(digits))]
             for forward, backward in OPPOSITES.items():
                 frames = moving(digit, AXES[forward], draws)
-                write(arguments.folder / split / forward / f"{i:04d}.mkv", frames)
-                write(arguments.folder / split / backward / f"{i:04d}.mkv", frames[::-1])
+                write(arguments.folder / split / forward / f"{i:04d}.mov", frames)
+                write(arguments.folder / split / backward / f"{i:04d}.mov", frames[::-1])
         print(f"{arguments.folder / split}: {clips} clips of {FRAMES} frames, 4 directions")
 
 

@@ -55,10 +55,12 @@ def straight(digits, tmp_path_factory):
 
 def test_every_clip_is_there_backwards_with_the_very_same_pictures(digits):
     """Otherwise a model could tell the directions apart without looking at the order."""
-    pairs = [(there, digits / split / back / there.name)
-             for split in ("train", "val")
-             for forth, back in (("right", "left"), ("down", "up"))
-             for there in sorted((digits / split / forth).iterdir())]
+    pairs = [
+        (there, digits / split / back / there.name)
+        for split in ("train", "val")
+        for forth, back in (("right", "left"), ("down", "up"))
+        for there in sorted((digits / split / forth).iterdir())
+    ]
     assert len(pairs) == (32 + 20) // 2
     for there, back in pairs:
         forwards, backwards = (read_frames(path.read_bytes(), np.arange) for path in (there, back))
