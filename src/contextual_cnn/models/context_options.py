@@ -97,7 +97,7 @@ class ContextOptions:
         return Generators(self.generator_norm, self.generator_width, self.offset_bias, self.context_layers)
 
     def context_dim(self, channels: int) -> int:
-        """Width of the context of convolutions of so many channels."""
+        """Width of the context that a convolution with this many channels takes."""
         return channels // 2 if self.context_layers == "released" else self.embedding_dim
 
     def replace(self, conv: nn.Conv2d) -> nn.Module:

@@ -16,8 +16,8 @@ class ClipSettings:
 
     frames: of a clip (TSM: 8 or 16).
     shift_div: 1 / shift_div of the channels come from the next frame, as many from the one before; None: no shift.
-    sampling: "uniform" takes a frame of each of so many equal parts of the video; "dense" takes frames that are
-        `stride` apart.
+    sampling: "uniform" cuts the video into as many equal parts and takes a frame of each; "dense" takes frames that
+        are `stride` apart.
     stride: of "dense" (TSM: 64 // frames).
     clips: of a video in an evaluation.
     crops: of a clip in an evaluation: 1 is the centre, 10 are corners, centre and their mirror images, 3 are squares

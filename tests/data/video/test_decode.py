@@ -5,6 +5,7 @@ import contextlib
 import numpy as np
 import pytest
 
+from contextual_cnn.data.video import decode
 from contextual_cnn.data.video.decode import UnusableVideo, read_frames
 from tests.data.video.clips import CODECS, grey_frames, numbers, write_video
 
@@ -44,6 +45,30 @@ def test_a_truncated_video_gives_its_frames_or_a_reason(tmp_path, codec):
 def test_what_is_no_video_has_a_reason(noise):
     with pytest.raises(UnusableVideo):
         read_frames(noise, fixed(0))
+
+
+PLAYLISTS = {
+    "hls": "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{0}\n#EXT-X-ENDLIST\n",
+    "concat": "ffconcat version 1.0\nfile {0}\n",
+}
+
+
+@pytest.mark.parametrize("kind", PLAYLISTS)
+def test_a_file_cannot_name_others_to_be_read(tmp_path, kind):
+    """Files come from anywhere: one that is a playlist must reach neither the disk nor the network."""
+    other = write_video(tmp_path / "other.mkv", grey_frames(8))
+    assert numbers(read_frames(other.read_bytes(), fixed(0))) == [0]
+    for name in (other, other.as_uri()):
+        with pytest.raises(UnusableVideo):
+            read_frames(PLAYLISTS[kind].format(name).encode(), fixed(0))
+
+
+def test_frames_that_are_too_large_for_a_clip_are_refused_at_the_first(tmp_path, monkeypatch):
+    video = write_video(tmp_path / "a.mkv", np.zeros((2, 120, 160, 3), np.uint8)).read_bytes()
+    assert read_frames(video, fixed(0, 1)).shape == (2, 120, 160, 3)
+    monkeypatch.setattr(decode, "_LARGEST_CLIP", 2 * 3 * 120 * 160 - 1)
+    with pytest.raises(UnusableVideo, match="too much"):
+        read_frames(video, fixed(0, 1))
 
 
 def test_bits_that_flipped_end_nothing(tmp_path):

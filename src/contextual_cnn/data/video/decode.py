@@ -10,6 +10,9 @@ from contextual_cnn.errors import UserError
 
 _LARGEST_SIDE = 8192
 _LARGEST_CLIP = 2**31  # bytes of the frames that are kept
+# Containers of videos. FFmpeg knows playlists and scripts too, which name other files and addresses to be read
+_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,ogg,flv,asf,mpegts"
+_OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
 
 
 class UnusableVideo(Exception):
@@ -34,11 +37,11 @@ def read_frames(encoded: bytes, choose: Callable[[int], np.ndarray]) -> np.ndarr
     """
     av = _import_av()
     try:
-        with av.open(io.BytesIO(encoded)) as container:
+        with av.open(io.BytesIO(encoded), options=_OPTIONS) as container:
             if not container.streams.video:
                 raise UnusableVideo("no pictures in it")
             stream = container.streams.video[0]
-            _check_size(stream.codec_context.width, stream.codec_context.height)
+            stream.codec_context.options = {"max_pixels": str(_LARGEST_SIDE**2)}  # of frames that are not kept, too
             stream.codec_context.thread_count = 1  # a worker process for each core is faster than threads
             packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
             if not packets:
@@ -63,30 +66,25 @@ def _import_av() -> Any:
     return av
 
 
-def _check_size(width: int, height: int) -> None:
-    if not (0 < width <= _LARGEST_SIDE and 0 < height <= _LARGEST_SIDE):
-        raise UnusableVideo(f"frames of {width} x {height} pixels")
-
-
 def _alone(packets: list[Any], wanted: np.ndarray) -> dict[int, Any]:
-    found = {}
+    found: dict[int, Any] = {}
     for number in wanted.tolist():
         frames = packets[number].decode()
         if not frames:
             raise UnusableVideo(f"frame {number} does not decode")
-        found[number] = frames[0]
-    return _checked(found)
+        _keep(found, number, frames[0], len(wanted))
+    return found
 
 
 def _in_turn(stream: Any, packets: list[Any], wanted: np.ndarray) -> dict[int, Any]:
     """Frames come out of the decoder in the order in which they are shown."""
-    found, last = {}, int(wanted[-1])
-    numbers = set(wanted.tolist())
+    found: dict[int, Any] = {}
+    numbers, last = set(wanted.tolist()), int(wanted[-1])
     for number, frame in enumerate(_decoded(stream, packets)):
         if number in numbers:
-            found[number] = frame
+            _keep(found, number, frame, len(wanted))
         if number == last:
-            return _checked(found)
+            return found
     raise UnusableVideo(f"of {len(packets)} frames not all decode")
 
 
@@ -96,16 +94,19 @@ def _decoded(stream: Any, packets: list[Any]) -> Iterator[Any]:
     yield from stream.codec_context.decode(None)  # what it still holds
 
 
-def _checked(found: dict[int, Any]) -> dict[int, Any]:
-    """A stream may change its size, and a damaged frame may claim any."""
-    sizes = {(frame.width, frame.height) for frame in found.values()}
-    for width, height in sizes:
-        _check_size(width, height)
-    if len(sizes) > 1:
-        raise UnusableVideo(f"frames of {len(sizes)} sizes")
-    if sum(3 * frame.width * frame.height for frame in found.values()) > _LARGEST_CLIP:
-        raise UnusableVideo("its frames need more than 2 GiB")
-    return found
+def _keep(found: dict[int, Any], number: int, frame: Any, frames: int) -> None:
+    """A stream may change its size, and a damaged frame may claim any: the first one that is too large ends it.
+
+    Args:
+        frames: that will be kept.
+    """
+    width, height = frame.width, frame.height
+    if max(width, height) > _LARGEST_SIDE or 3 * width * height * frames > _LARGEST_CLIP:
+        raise UnusableVideo(f"{frames} frames of {width} x {height} pixels are too much")
+    first = next(iter(found.values()), frame)
+    if (first.width, first.height) != (width, height):
+        raise UnusableVideo(f"frames of {first.width} x {first.height} and of {width} x {height} pixels")
+    found[number] = frame
 
 
 def _upright(frame: Any) -> np.ndarray:
