@@ -13,8 +13,8 @@ from contextual_cnn.models.contextual_conv import ContextualConv2d, operators
 from contextual_cnn.runs import agreement
 from contextual_cnn.runs.agreement import check_agreement, digest_code, digest_config
 from contextual_cnn.settings.keys import marked
+from contextual_cnn.tasks.image_classification.classification import _digest_listing as digest_listing
 from contextual_cnn.tasks.image_classification.settings import ImageClassificationSettings
-from contextual_cnn.tasks.image_classification.task import _digest_listing as digest_listing
 
 CONFIG = {"seed": 0, "data": {"root": "/a", "threads": 2, "image_size": 32}}
 
