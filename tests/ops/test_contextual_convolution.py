@@ -11,6 +11,7 @@ from torchvision.ops import deform_conv2d
 from contextual_cnn.errors import UserError
 from contextual_cnn.ops import contextual_conv2d, sampled_conv, sampled_conv_cpp
 from contextual_cnn.ops.contextual_convolution import output_size
+from contextual_cnn.ops.implementation import choose, implementation_on
 from tests.conftest import HAS_COMPILER
 from tests.helpers import reference
 
@@ -259,12 +260,12 @@ def test_compiles_and_exports_whole():
 
 def test_one_call_tells_who_computes(implementation, monkeypatch):
     cpu = torch.device("cpu")
-    assert sampled_conv.implementation_on(cpu) == implementation
+    assert implementation_on(cpu) == implementation
     monkeypatch.delenv("CONTEXTUAL_CNN_OPS")
-    assert sampled_conv.implementation_on(cpu) == ("cpp" if HAS_COMPILER else "torch")
+    assert implementation_on(cpu) == ("cpp" if HAS_COMPILER else "torch")
     monkeypatch.setenv("CONTEXTUAL_CNN_OPS", "fast")
     with pytest.raises(UserError, match="CONTEXTUAL_CNN_OPS=fast"):
-        sampled_conv.implementation_on(cpu)
+        implementation_on(cpu)
 
 
 def test_an_unknown_implementation_is_refused(monkeypatch):
@@ -294,9 +295,9 @@ def test_without_a_compiler_plain_torch_takes_over_with_one_line(monkeypatch, tm
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     sampled_conv_cpp.is_available.cache_clear()
     try:
-        assert [sampled_conv.choose("auto", "cpu", torch.float32) for _ in range(2)] == ["torch", "torch"]
+        assert [choose("auto", "cpu", torch.float32) for _ in range(2)] == ["torch", "torch"]
         with pytest.raises(UserError, match=r"\bcpp\b"):
-            sampled_conv.choose("cpp", "cpu", torch.float32)
+            choose("cpp", "cpu", torch.float32)
         warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
         assert [compiler in warning for warning in warnings] == [True]
         assert not list(tmp_path.rglob("*.so"))

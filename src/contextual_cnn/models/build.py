@@ -12,6 +12,7 @@ from contextual_cnn.errors import UserError
 from contextual_cnn.models.class_context import FEWEST_CLASSES, ClassCountError, default_class_counts
 from contextual_cnn.models.context_options import CONTEXT_KEYS
 from contextual_cnn.models.contextual_model import ContextualModel
+from contextual_cnn.models.depthwise import use_own_depthwise
 from contextual_cnn.models.timm_options import check_timm_options
 from contextual_cnn.models.weights import load_weights
 from contextual_cnn.settings.model import ModelSettings
@@ -36,6 +37,8 @@ def build_model(settings: ModelSettings) -> nn.Module:
         check_timm_options(name, timm_options, {key: key for key in options} | {"ls_init_value": "layer_scale"})
     options = {key: value for key, value in options.items() if value is not None} | timm_options
     model = _create(name, options, settings.grad_checkpointing)
+    if settings.depthwise == "ours":
+        use_own_depthwise(model)
     if settings.weights is not None:
         load_weights(model, Path(settings.weights))
     return model

@@ -16,8 +16,9 @@ from torch.nn.functional import conv2d
 
 from contextual_cnn.contracts import at_least_float32
 from contextual_cnn.models.class_context import vector_norm
+from contextual_cnn.models.depthwise import DepthwiseConv2d, as_conv2d_takes, can_be_ours
 from contextual_cnn.ops import contextual_conv2d
-from contextual_cnn.ops.sampled_conv import implementation_on
+from contextual_cnn.ops.implementation import implementation_on
 from contextual_cnn.settings.model import ContextLayers, Convolution, Norm
 
 
@@ -94,16 +95,6 @@ class _Replacement(nn.Module):
         self.geometry = Geometry(stride=conv.stride[0], padding=padding, dilation=conv.dilation[0])
 
 
-def _as_conv2d_takes(x: Tensor) -> Tensor:
-    """x in the type in which autocast, where it is on, lets torch's convolutions compute.
-
-    Autocast knows torch's own operators. It would leave ours in float32 wherever the residual stream is float32.
-    """
-    kind = x.device.type
-    lowered = torch.is_autocast_enabled(kind) and x.dtype != torch.float64  # which autocast leaves alone, too
-    return x.to(torch.get_autocast_dtype(kind)) if lowered else x
-
-
 class ContextualConv2d(_Replacement):
     """A depthwise or dense convolution modulated by features and context (equation 4).
 
@@ -135,7 +126,7 @@ class ContextualConv2d(_Replacement):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(B, C, H, W) features and (B, E) context -> (B, O, Ho, Wo)."""
-        x = _as_conv2d_takes(x)
+        x = as_conv2d_takes(x)
         weight_offset = self.weight_offset(x, context) if self.weight_offset is not None else None
         sampling_offset = self.sampling_offset(x, context) if self.sampling_offset is not None else None
         mask = self.mask(x, context) if self.mask is not None else None
@@ -205,6 +196,8 @@ class TapMaps(nn.Module):
         self.norm = nn.BatchNorm2d(width) if generators.norm == "batch" else LayerNorm2d(width)
         self.act = nn.ReLU()
         self.out = nn.Conv2d(width, maps, **_options_of(conv), groups=1 if dense else maps)
+        if can_be_ours(self.out):
+            self.out.__class__ = DepthwiseConv2d
         _zero(self.out)
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
@@ -215,8 +208,11 @@ class TapMaps(nn.Module):
         hidden = self.act(self.norm(hidden))
         # float32 also under autocast: an offset rounded to bfloat16 costs the output as much precision as
         # all other roundings together
+        exact = self.out.weight.dtype
+        if isinstance(self.out, DepthwiseConv2d):
+            return self.out(hidden, dtype=exact)
         with torch.autocast(x.device.type, enabled=False):
-            return self.out(hidden.to(self.out.weight.dtype))
+            return self.out(hidden.to(exact))
 
 
 class ExtraInputConv2d(_Replacement):
@@ -289,7 +285,7 @@ class DeformableConv2d(_Replacement):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, O, Ho, Wo)."""
-        x = _as_conv2d_takes(x)
+        x = as_conv2d_takes(x)
         offset, mask = at_least_float32(self.offset_mask(x)).split([2 * self.taps, self.taps], dim=1)
         return contextual_conv2d(
             x, self.weight, self.bias, sampling_offset=offset, mask=2 * mask.sigmoid(), **self.geometry

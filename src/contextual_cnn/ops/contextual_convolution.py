@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 from torchvision.ops import deform_conv2d
 
-from contextual_cnn.ops.sampled_conv import Implementation, sampled_conv2d
+from contextual_cnn.ops.implementation import Implementation
+from contextual_cnn.ops.sampled_conv import sampled_conv2d
 
 
 def contextual_conv2d(

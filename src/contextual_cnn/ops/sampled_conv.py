@@ -1,4 +1,4 @@
-"""The sampled convolution: one signature, and the choice of who computes it.
+"""The sampled convolution: one signature, whoever computes it (implementation.py).
 
     y(p) = sum_k weight(k) mask(k, p) x(p + g(k) + offset(k, p))        per sample and channel, zero outside the map
 
@@ -13,23 +13,16 @@ Shapes: x (B, C, H, W), weight (B, C, kh, kw), offset (B, 2K, Ho, Wo), mask (B, 
 geometry is (stride, padding, dilation).
 """
 
-import logging
-import os
 from collections.abc import Sequence
-from functools import cache
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from contextual_cnn.errors import UserError
 from contextual_cnn.ops import sampled_conv_cpp, sampled_conv_torch
+from contextual_cnn.ops.implementation import Implementation, choose, wanted_of
 from contextual_cnn.ops.memory_format import output_shape
-
-log = logging.getLogger(__name__)
-
-Implementation = Literal["auto", "cpp", "triton", "torch"]
 
 
 def sampled_conv2d(
@@ -48,70 +41,11 @@ def sampled_conv2d(
     Raises:
         UserError: an implementation that does not exist, or cannot compute these tensors on this machine.
     """
-    wanted = _wanted(implementation)
+    wanted = wanted_of(implementation)
     chosen = choose(wanted, x.device.type, x.dtype)
     if chosen == "torch" and not torch.compiler.is_exporting():  # export wants one operator (standard_operators.py)
         return sampled_conv_torch.forward(x, weight, offset, mask, geometry)
     return kernel(x, weight, offset, mask, geometry, wanted)
-
-
-@torch.compiler.assume_constant_result
-def _wanted(implementation: str) -> str:
-    source = "implementation"
-    if implementation == "auto" and "CONTEXTUAL_CNN_OPS" in os.environ:
-        source, implementation = "CONTEXTUAL_CNN_OPS", os.environ["CONTEXTUAL_CNN_OPS"]
-    if implementation not in get_args(Implementation):
-        known = ", ".join(get_args(Implementation))
-        raise UserError(f"{source}={implementation} is not one of {known}", f"{source}=auto takes the fastest")
-    return implementation
-
-
-@torch.compiler.assume_constant_result
-def choose(wanted: str, device_type: str, dtype: torch.dtype) -> str:
-    """cpp, triton or torch: who computes this type on this kind of device.
-
-    Raises:
-        UserError: one was insisted on that cannot.
-    """
-    able = {
-        # The Triton kernels add up in float32, which is not enough for float64
-        "triton": lambda: _triton_runs_on(device_type) and dtype != torch.float64 and _triton_is_available(),
-        "cpp": lambda: device_type == "cpu" and sampled_conv_cpp.is_available(),
-        "torch": lambda: True,
-    }
-    if wanted == "auto":
-        # Triton's interpreter is for tests, which name it
-        order = ("triton", "torch") if device_type == "cuda" else ("cpp", "torch")
-        return next(name for name in order if able[name]())
-    if not able[wanted]():
-        raise UserError(
-            f"the {wanted} kernels cannot compute {dtype} on {device_type} here",
-            "CONTEXTUAL_CNN_OPS=auto, or unset, takes what can",
-        )
-    return wanted
-
-
-def implementation_on(device: torch.device) -> str:
-    """cpp, triton or torch: who computes a model's float32 and bfloat16 maps on this device, in this process.
-
-    Raises:
-        UserError: CONTEXTUAL_CNN_OPS names what cannot.
-    """
-    return choose(_wanted("auto"), device.type, torch.float32)
-
-
-def _triton_runs_on(device_type: str) -> bool:
-    return device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@cache
-def _triton_is_available() -> bool:
-    try:
-        import contextual_cnn.ops.sampled_conv_triton  # noqa: F401
-    except ImportError as error:
-        log.warning("Triton is not available (%s); plain torch is used, several times slower on a GPU", error)
-        return False
-    return True
 
 
 def _compiled(wanted: str, x: Tensor) -> ModuleType:

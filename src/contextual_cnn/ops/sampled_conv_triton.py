@@ -20,7 +20,8 @@ Q = H W pixels.
 
 # ruff: noqa: RUF005 - Triton's language has no unpacking into a tuple
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import triton
@@ -32,22 +33,28 @@ from contextual_cnn.ops.memory_format import map_back, output_shape, pixels, tap
 
 @dataclass(frozen=True)
 class Blocks:
-    """What one program works on. Not timed yet: chosen for no register spills on sm_90 (scripts/dev/tune_kernels.py).
+    """What one program works on.
 
-    positions, channels: of a block in the first two kernels. chunks: blocks of channels a program serves, at most.
-    pixels, points: of a matrix of hats. warps: of the first two kernels. hat_warps: of the third.
+    positions, points: positions at a time, `points` in a matrix of hats. channels: in a block. chunks: blocks of
+    channels that a program serves, at most. pixels: in a matrix of hats. stages: in which loads run ahead.
     """
 
     positions: int = 16
     channels: int = 64
     chunks: int = 3
-    warps: int = 4
+    warps: int = 2
     pixels: int = 64
-    points: int = 64
-    hat_warps: int = 8
+    points: int = 32
+    stages: int = 3
 
 
-BLOCKS = Blocks()
+# The fastest of those that scripts/dev/tune_kernels.py tried on an H100 (docs/kernels.md)
+FORWARD = Blocks(positions=8)
+WEIGHT_OFFSET = Blocks()
+INPUT = Blocks(warps=4)
+# Of float32 maps: a number takes a register, and a matrix of hats as many as there are for one chunk
+WEIGHT_OFFSET_EXACT = replace(WEIGHT_OFFSET, warps=4)
+INPUT_EXACT = replace(INPUT, chunks=1)
 
 
 @triton.jit
@@ -62,15 +69,15 @@ def _regular_points(p: tl.tensor, out_width: tl.tensor, stride: tl.tensor, paddi
 
 @triton.jit
 def _tap_points(
-    row: tl.tensor, column: tl.tensor, offset: tl.tensor | None, entry: tl.tensor,
-    in_range: tl.tensor, k: tl.tensor, dilation: tl.tensor, KW: tl.constexpr,
+    row: tl.tensor, column: tl.tensor, offset: tl.tensor | None, p: tl.tensor, length: tl.tensor,
+    k: tl.tensor, dilation: tl.tensor, KW: tl.constexpr,
 ) -> tl.tuple:  # fmt: skip
-    """Row and column at which tap k samples; entry: index of (position, tap) within the sample."""
+    """Row and column at which tap k samples for the positions p; offset: (K, 2, length), one sample's."""
     row += (k // KW * dilation).to(tl.float32)
     column += (k % KW * dilation).to(tl.float32)
     if offset is not None:
-        row += tl.load(offset + entry * 2, mask=in_range, other=0.0)
-        column += tl.load(offset + entry * 2 + 1, mask=in_range, other=0.0)
+        row += tl.load(offset + 2 * k * length + p)
+        column += tl.load(offset + (2 * k + 1) * length + p)
     return row, column
 
 
@@ -123,8 +130,8 @@ def _zeros(CHUNKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr) -> t
 @triton.jit
 def _forward_kernel(
     x: tl.tensor, w: tl.tensor, offset: tl.tensor | None, mask: tl.tensor | None, y: tl.tensor,
-    H: tl.tensor, W: tl.tensor, C: tl.tensor, P: tl.tensor, out_width: tl.tensor, stride: tl.tensor, padding: tl.tensor,
-    dilation: tl.tensor,
+    H: tl.tensor, W: tl.tensor, C: tl.tensor, P: tl.tensor, length: tl.tensor, out_width: tl.tensor,
+    stride: tl.tensor, padding: tl.tensor, dilation: tl.tensor,
     K: tl.constexpr, KW: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -132,13 +139,13 @@ def _forward_kernel(
     first = tl.program_id(1) * CHUNKS * BLOCK_C + tl.arange(0, BLOCK_C)
     b = tl.program_id(2).to(tl.int64)
     x, w, y = x + b * H * W * C, w + b * K * C, y + b * P * C
-    offset = offset + b * P * K * 2 if offset is not None else None
-    mask = mask + b * P * K if mask is not None else None
+    offset = offset + b * K * 2 * length if offset is not None else None
+    mask = mask + b * K * length if mask is not None else None
     first_row, first_column = _regular_points(p, out_width, stride, padding)
     totals = _zeros(CHUNKS, BLOCK_P, BLOCK_C)
     for k in range(K):
-        row, column = _tap_points(first_row, first_column, offset, p * K + k, p < P, k, dilation, KW)
-        amount = tl.load(mask + p * K + k, mask=p < P, other=0.0) if mask is not None else 1.0
+        row, column = _tap_points(first_row, first_column, offset, p, length, k, dilation, KW)
+        amount = tl.load(mask + k * length + p) if mask is not None else 1.0
         indices, _, weights, _, _ = _corners(row, column, amount, H, W)
         corners = _rows(x, indices, first, C)
         more: tl.tuple = ()
@@ -159,7 +166,7 @@ def _forward_kernel(
 def _weight_offset_kernel(
     gy: tl.tensor, x: tl.tensor, w: tl.tensor, offset: tl.tensor | None, mask: tl.tensor | None,
     gw: tl.tensor, goffset: tl.tensor | None, gmask: tl.tensor | None,
-    H: tl.tensor, W: tl.tensor, C: tl.tensor, P: tl.tensor, B: tl.tensor, out_width: tl.tensor,
+    H: tl.tensor, W: tl.tensor, C: tl.tensor, P: tl.tensor, B: tl.tensor, length: tl.tensor, out_width: tl.tensor,
     stride: tl.tensor, padding: tl.tensor, dilation: tl.tensor,
     K: tl.constexpr, KW: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -170,14 +177,14 @@ def _weight_offset_kernel(
     b = tl.program_id(2).to(tl.int64)
     part = (tl.program_id(1).to(tl.int64) * B + b) * P * K
     gy, x, w, gw = gy + b * P * C, x + b * H * W * C, w + (b * K + k) * C, gw + (b * K + k) * C
-    offset = offset + b * P * K * 2 if offset is not None else None
-    mask = mask + b * P * K if mask is not None else None
+    offset = offset + b * K * 2 * length if offset is not None else None
+    mask = mask + b * K * length if mask is not None else None
     sums = _zeros(CHUNKS, BLOCK_P, BLOCK_C)
     for first_position in range(0, P, BLOCK_P):
         p = first_position + tl.arange(0, BLOCK_P)
         row, column = _regular_points(p, out_width, stride, padding)
-        row, column = _tap_points(row, column, offset, p * K + k, p < P, k, dilation, KW)
-        amount = tl.load(mask + p * K + k, mask=p < P, other=0.0) if mask is not None else 1.0
+        row, column = _tap_points(row, column, offset, p, length, k, dilation, KW)
+        amount = tl.load(mask + k * length + p) if mask is not None else 1.0
         indices, insides, weights, down, right = _corners(row, column, amount, H, W)
         corners = _rows(x, indices, first, C)
         # Products of the upstream gradient with each corner, added up over the channels last of all
@@ -220,47 +227,106 @@ def _hats(distance: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _arrange_kernel(
+    offset: tl.tensor | None, mask: tl.tensor | None, arranged: tl.tensor | None, amounts: tl.tensor | None,
+    rows: tl.tensor,
+    P: tl.tensor, length: tl.tensor, spans: tl.tensor, out_width: tl.tensor,
+    stride: tl.tensor, padding: tl.tensor, dilation: tl.tensor,
+    K: tl.constexpr, KW: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+) -> None:  # fmt: skip
+    """Offsets and mask by taps, zero behind the last position; and the rows that a tap's blocks of positions sample at.
+
+    offset (B, P, K, 2) -> arranged (B, K, 2, length); mask (B, P, K) -> amounts (B, K, length); rows (B, 2, K, spans).
+    """
+    span = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    p = span * BLOCK_P + tl.arange(0, BLOCK_P)
+    k = tl.arange(0, BLOCK_K)
+    here = (p < P)[:, None] & (k < K)[None, :]
+    row, _ = _regular_points(p, out_width, stride, padding)
+    row = row[:, None] + (k // KW * dilation).to(tl.float32)[None, :]
+    if offset is not None:
+        entries = offset + b * P * K * 2 + (p * K * 2)[:, None] + (k * 2)[None, :]
+        places = arranged + b * K * 2 * length + (k * 2 * length)[None, :] + p[:, None]
+        by_row, by_column = tl.load(entries, mask=here, other=0.0), tl.load(entries + 1, mask=here, other=0.0)
+        tl.store(places, by_row, mask=(k < K)[None, :])
+        tl.store(places + length, by_column, mask=(k < K)[None, :])
+        row += by_row
+    if mask is not None:
+        amount = tl.load(mask + b * P * K + (p * K)[:, None] + k[None, :], mask=here, other=0.0)
+        tl.store(amounts + b * K * length + (k * length)[None, :] + p[:, None], amount, mask=(k < K)[None, :])
+    # A row that is NaN is anywhere
+    infinity = float("inf")
+    first = tl.min(tl.where(here, tl.where(row == row, row, -infinity), infinity), axis=0)
+    last = tl.max(tl.where(here, tl.where(row == row, row, infinity), -infinity), axis=0)
+    entry = rows + b * 2 * K * spans + k * spans + span
+    tl.store(entry, first, mask=k < K)
+    tl.store(entry + K * spans, last, mask=k < K)
+
+
+@triton.jit
+def _visit_kernel(
+    rows: tl.tensor, visits: tl.tensor, counts: tl.tensor, W: tl.tensor, spans: tl.tensor,
+    K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_E: tl.constexpr,
+) -> None:  # fmt: skip
+    """The taps' blocks of positions that can reach a block of pixels, each as tap * 65536 + block.
+
+    visits (B, blocks of pixels, K * spans), of which the first counts (B, blocks of pixels) are.
+    """
+    block = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    e = tl.arange(0, BLOCK_E)
+    there = e < K * spans
+    first_row = (block * BLOCK_Q // W).to(tl.float32)
+    last_row = ((block * BLOCK_Q + BLOCK_Q - 1) // W).to(tl.float32)
+    rows += b * 2 * K * spans
+    first, last = tl.load(rows + e, mask=there, other=0.0), tl.load(rows + K * spans + e, mask=there, other=0.0)
+    reach = (there & (first < last_row + 1) & (last > first_row - 1)).to(tl.int32)
+    own = b * tl.num_programs(0) + block
+    tl.store(visits + own * K * spans + tl.cumsum(reach, 0) - 1, e // spans * 65536 + e % spans, mask=reach > 0)
+    tl.store(counts + own, tl.sum(reach, axis=0))
+
+
+@triton.jit
 def _input_kernel(
-    gy: tl.tensor, w: tl.tensor, offset: tl.tensor | None, mask: tl.tensor | None, rows: tl.tensor, gx: tl.tensor,
-    H: tl.tensor, W: tl.tensor, C: tl.tensor, P: tl.tensor, out_width: tl.tensor, stride: tl.tensor, padding: tl.tensor,
-    dilation: tl.tensor, spans: tl.tensor,
+    gy: tl.tensor, w: tl.tensor, offset: tl.tensor | None, mask: tl.tensor | None,
+    visits: tl.tensor, counts: tl.tensor, gx: tl.tensor,
+    H: tl.tensor, W: tl.tensor, C: tl.tensor, P: tl.tensor, length: tl.tensor, out_width: tl.tensor,
+    stride: tl.tensor, padding: tl.tensor, dilation: tl.tensor, spans: tl.tensor,
     K: tl.constexpr, KW: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ) -> None:  # fmt: skip
-    """rows: (B, K, spans, 2), first and last row that each block of positions samples at."""
-    first_pixel = tl.program_id(0) * BLOCK_Q
-    q = first_pixel + tl.arange(0, BLOCK_Q)
+    """visits, counts: as `_visit_kernel` lists them."""
+    q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     first = tl.program_id(1) * CHUNKS * BLOCK_C + tl.arange(0, BLOCK_C)
     b = tl.program_id(2).to(tl.int64)
-    gy, w, gx, rows = gy + b * P * C, w + b * K * C, gx + b * H * W * C, rows + b * K * spans * 2
-    offset = offset + b * P * K * 2 if offset is not None else None
-    mask = mask + b * P * K if mask is not None else None
-    first_row = (first_pixel // W).to(tl.float32)
-    last_row = ((first_pixel + BLOCK_Q - 1) // W).to(tl.float32)
+    gy, w, gx = gy + b * P * C, w + b * K * C, gx + b * H * W * C
+    offset = offset + b * K * 2 * length if offset is not None else None
+    mask = mask + b * K * length if mask is not None else None
+    own = b * tl.num_programs(0) + tl.program_id(0)
+    visits += own * K * spans
     pixel_row, pixel_column = (q // W).to(tl.float32), (q % W).to(tl.float32)
     totals = _zeros(CHUNKS, BLOCK_Q, BLOCK_C)
-    for k in range(K):
-        for span in range(spans):
-            sampled = rows + (k * spans + span) * 2
-            beyond = (tl.load(sampled) >= last_row + 1) | (tl.load(sampled + 1) <= first_row - 1)
-            if not beyond:  # rows that are NaN are beyond nothing
-                p = span * BLOCK_P + tl.arange(0, BLOCK_P)
-                row, column = _regular_points(p, out_width, stride, padding)
-                row, column = _tap_points(row, column, offset, p * K + k, p < P, k, dilation, KW)
-                hats = _hats(row[None, :] - pixel_row[:, None]) * _hats(column[None, :] - pixel_column[:, None])
-                if mask is not None:
-                    hats *= tl.load(mask + p * K + k, mask=p < P, other=0.0)[None, :]
-                hats = hats.to(gy.dtype.element_ty)
-                more: tl.tuple = ()
-                for chunk in tl.static_range(CHUNKS):
-                    c = first + chunk * BLOCK_C
-                    here = (p < P)[:, None] if WHOLE else (p < P)[:, None] & (c < C)[None, :]
-                    upstream = tl.load(gy + (p * C)[:, None] + c[None, :], mask=here, other=0.0)
-                    weight = tl.load(w + k * C + c, mask=c < C, other=0.0)[None, :]
-                    # Weighted behind the product, in float32: what goes into it is rounded to gy's type
-                    product = tl.dot(hats, upstream, input_precision="ieee")
-                    more = more + (totals[chunk] + product * weight,)
-                totals = more
+    for n in range(tl.load(counts + own)):
+        visit = tl.load(visits + n)
+        k = visit // 65536
+        p = visit % 65536 * BLOCK_P + tl.arange(0, BLOCK_P)
+        row, column = _regular_points(p, out_width, stride, padding)
+        row, column = _tap_points(row, column, offset, p, length, k, dilation, KW)
+        hats = _hats(row[None, :] - pixel_row[:, None]) * _hats(column[None, :] - pixel_column[:, None])
+        if mask is not None:
+            hats *= tl.load(mask + k * length + p)[None, :]
+        hats = hats.to(gy.dtype.element_ty)
+        more: tl.tuple = ()
+        for chunk in tl.static_range(CHUNKS):
+            c = first + chunk * BLOCK_C
+            here = (p < P)[:, None] if WHOLE else (p < P)[:, None] & (c < C)[None, :]
+            upstream = tl.load(gy + (p * C)[:, None] + c[None, :], mask=here, other=0.0)
+            weight = tl.load(w + k * C + c, mask=c < C, other=0.0)[None, :]
+            # Weighted behind the product, in float32: what goes into it is rounded to gy's type
+            product = tl.dot(hats, upstream, input_precision="ieee")
+            more = more + (totals[chunk] + product * weight,)
+        totals = more
     for chunk in tl.static_range(CHUNKS):
         c = first + chunk * BLOCK_C
         there = (q < H * W)[:, None] & (c < C)[None, :]
@@ -271,12 +337,13 @@ def forward(x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | Non
     """As `sampled_conv.kernel`."""
     g = _Geometry(x, weight, offset, mask, geometry)
     y = x.new_empty(g.batch, *g.out, g.channels)
-    groups, constants = g.channel_groups(BLOCKS.chunks)
-    inside = _inside(x, weight, offset, mask)
+    groups, constants = g.channel_groups(FORWARD)
     with torch.cuda.device_of(x):  # Triton launches on the current device, wherever the tensors are
-        _forward_kernel[(triton.cdiv(g.positions, BLOCKS.positions), groups, g.batch)](
-            *inside, y, *g.sizes, **constants, BLOCK_P=BLOCKS.positions, num_warps=BLOCKS.warps
-        )
+        points = _arranged(offset, mask, g)
+        _forward_kernel[(triton.cdiv(g.positions, FORWARD.positions), groups, g.batch)](
+            pixels(x, x.dtype), taps(weight, torch.float32), points.offset, points.mask, y, *g.sizes, **constants,
+            BLOCK_P=FORWARD.positions, num_warps=FORWARD.warps,
+        )  # fmt: skip
     return y.permute(0, 3, 1, 2)
 
 
@@ -285,10 +352,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `sampled_conv.kernel_backward`."""
     g = _Geometry(x, weight, offset, mask, geometry)
-    gy, inside = pixels(gradient, x.dtype), _inside(x, weight, offset, mask)
+    gy, inside, w = pixels(gradient, x.dtype), pixels(x, x.dtype), taps(weight, torch.float32)
     with torch.cuda.device_of(x):
-        gw, goffset, gmask = _weight_offset_gradients(g, gy, inside)
-        gx = _input_gradient(g, gy, inside)
+        points = _arranged(offset, mask, g)
+        gw, goffset, gmask = _weight_offset_gradients(g, gy, inside, w, points)
+        gx = _input_gradient(g, gy, inside, w, points)
     return (
         map_back(gx, x),
         taps_back(gw, weight),
@@ -299,31 +367,41 @@ def backward(
 
 def _sum(parts: Tensor | None, like: Tensor | None, x: Tensor) -> Tensor:
     """The gradient of an offset or a mask, from each group's part; an empty one of what is not there."""
-    return map_back(parts.sum(dim=0), like) if parts is not None and like is not None else x.new_empty(0)
+    if parts is None or like is None:
+        return x.new_empty(0)
+    return map_back(parts.sum(dim=0) if len(parts) > 1 else parts[0], like)
 
 
-def _weight_offset_gradients(g: "_Geometry", gy: Tensor, inside: tuple) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _weight_offset_gradients(
+    g: "_Geometry", gy: Tensor, x: Tensor, w: Tensor, points: "_Points"
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Of w; and of offset and mask in parts, one for each group of channels."""
-    _, w, offset, mask = inside
-    groups, constants = g.channel_groups(BLOCKS.chunks)
+    block = WEIGHT_OFFSET if x.element_size() == 2 else WEIGHT_OFFSET_EXACT
+    groups, constants = g.channel_groups(block)
     gw, parts = torch.empty_like(w), (groups, g.batch, g.positions, g.kernel)
-    goffset = gw.new_empty(*parts, 2) if offset is not None else None
-    gmask = gw.new_empty(parts) if mask is not None else None
+    goffset = gw.new_empty(*parts, 2) if points.offset is not None else None
+    gmask = gw.new_empty(parts) if points.mask is not None else None
     _weight_offset_kernel[(g.kernel, groups, g.batch)](
-        gy, *inside, gw, goffset, gmask, *g.sizes[:4], g.batch, *g.sizes[4:], **constants,
-        BLOCK_P=BLOCKS.positions, num_warps=BLOCKS.warps,
+        gy, x, w, points.offset, points.mask, gw, goffset, gmask, *g.sizes[:4], g.batch, *g.sizes[4:], **constants,
+        BLOCK_P=block.positions, num_warps=block.warps,
     )  # fmt: skip
     return gw, goffset, gmask
 
 
-def _input_gradient(g: "_Geometry", gy: Tensor, inside: tuple) -> Tensor:
-    x, w, offset, mask = inside
-    gx, rows = torch.empty_like(x), _sampled_rows(offset, g)
-    # A float32 product takes as many registers as there are for one chunk
-    groups, constants = g.channel_groups(BLOCKS.chunks if x.element_size() == 2 else 1)
-    _input_kernel[(triton.cdiv(x.shape[1] * x.shape[2], BLOCKS.pixels), groups, g.batch)](
-        gy, w, offset, mask, rows, gx, *g.sizes, rows.shape[2], **constants,
-        BLOCK_Q=BLOCKS.pixels, BLOCK_P=BLOCKS.points, num_warps=BLOCKS.hat_warps,
+def _input_gradient(g: "_Geometry", gy: Tensor, x: Tensor, w: Tensor, points: "_Points") -> Tensor:
+    block = INPUT if x.element_size() == 2 else INPUT_EXACT
+    gx, count = torch.empty_like(x), triton.cdiv(x.shape[1] * x.shape[2], block.pixels)
+    entries = g.kernel * g.spans
+    visits = torch.empty(g.batch, count, entries, device=g.device, dtype=torch.int32)
+    counts = torch.empty(g.batch, count, device=g.device, dtype=torch.int32)
+    _visit_kernel[(count, g.batch)](
+        points.rows, visits, counts, x.shape[2], g.spans,
+        K=g.kernel, BLOCK_Q=block.pixels, BLOCK_E=triton.next_power_of_2(entries),
+    )  # fmt: skip
+    groups, constants = g.channel_groups(block)
+    _input_kernel[(count, groups, g.batch)](
+        gy, w, points.offset, points.mask, visits, counts, gx, *g.sizes, g.spans, **constants,
+        BLOCK_Q=block.pixels, BLOCK_P=block.points, num_warps=block.warps, num_stages=block.stages,
     )  # fmt: skip
     return gx
 
@@ -338,42 +416,51 @@ class _Geometry:
         self.batch, self.channels, height, width = x.shape
         self.out = tuple(output_shape(offset, mask))
         self.positions = self.out[0] * self.out[1]
+        self.spans = triton.cdiv(self.positions, INPUT.points)
         self.kernel, self.kernel_width = weight.shape[2] * weight.shape[3], weight.shape[3]
-        self.sizes = (height, width, self.channels, self.positions, self.out[1], *geometry)
-        self.stride, self.padding, self.dilation = geometry
+        self.length = self.spans * INPUT.points
+        self.geometry = tuple(geometry)
+        self.sizes = (height, width, self.channels, self.positions, self.length, self.out[1], *geometry)
 
-    def channel_groups(self, chunks: int) -> tuple[int, dict]:
-        """How many programs share the channels if one takes at most `chunks` blocks, and the constants that follow."""
-        blocks = triton.cdiv(self.channels, BLOCKS.channels)
-        chunks = min(blocks, chunks)
+    def channel_groups(self, block: Blocks) -> tuple[int, dict]:
+        """How many programs share the channels, and the constants that follow."""
+        blocks = triton.cdiv(self.channels, block.channels)
+        chunks = min(blocks, block.chunks)
         constants = {
             "K": self.kernel,
             "KW": self.kernel_width,
             "CHUNKS": chunks,
-            "WHOLE": self.channels % (chunks * BLOCKS.channels) == 0,
-            "BLOCK_C": BLOCKS.channels,
+            "WHOLE": self.channels % (chunks * block.channels) == 0,
+            "BLOCK_C": block.channels,
         }
         return triton.cdiv(blocks, chunks), constants
 
 
-def _inside(x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | None) -> tuple:
-    """The kernels' layout: x in its own type, everything else in float32."""
-    exact = torch.float32
-    return (
-        pixels(x, x.dtype),
-        taps(weight, exact),
-        *(pixels(t, exact) if t is not None else None for t in (offset, mask)),
+class _Points(NamedTuple):
+    """Where and how much each tap samples, float32, in whole spans of positions.
+
+    offset (B, K, 2, length) in pixels; mask (B, K, length); rows (B, 2, K, spans), first and last of a span.
+    """
+
+    offset: Tensor | None
+    mask: Tensor | None
+    rows: Tensor
+
+
+def _arranged(offset: Tensor | None, mask: Tensor | None, g: _Geometry) -> _Points:
+    """By taps, so that neighbouring threads read neighbouring numbers."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(g.batch, *shape, device=g.device, dtype=torch.float32)
+
+    given = [pixels(t, torch.float32) if t is not None else None for t in (offset, mask)]
+    points = _Points(
+        empty(g.kernel, 2, g.length) if offset is not None else None,
+        empty(g.kernel, g.length) if mask is not None else None,
+        empty(2, g.kernel, g.spans),
     )
-
-
-def _sampled_rows(offset: Tensor | None, g: _Geometry) -> Tensor:
-    """First and last row at which each tap's blocks of positions sample: (B, K, spans, 2) float32."""
-    positions, taps_ = torch.arange(g.positions, device=g.device), torch.arange(g.kernel, device=g.device)
-    rows = (positions // g.out[1] * g.stride - g.padding)[:, None] + taps_ // g.kernel_width * g.dilation  # (P, K)
-    rows = rows.to(torch.float32).expand(g.batch, -1, -1)
-    if offset is not None:
-        rows = rows + offset.view(g.batch, g.positions, g.kernel, 2)[..., 0]
-    spans = triton.cdiv(g.positions, BLOCKS.points)
-    missing = spans * BLOCKS.points - g.positions
-    blocks = torch.cat([rows, rows[:, -1:].expand(-1, missing, -1)], dim=1).unflatten(1, (spans, BLOCKS.points))
-    return torch.stack([blocks.amin(dim=2), blocks.amax(dim=2)], dim=-1).transpose(1, 2).contiguous()
+    _arrange_kernel[(g.spans, g.batch)](
+        *given, *points, g.positions, g.length, g.spans, g.out[1], *g.geometry,
+        K=g.kernel, KW=g.kernel_width, BLOCK_K=triton.next_power_of_2(g.kernel), BLOCK_P=INPUT.points, num_warps=8,
+    )  # fmt: skip
+    return points

@@ -23,6 +23,7 @@ Merge = Literal["mean", "scores"]
 ContextInit = Literal["uniform", "trunc_normal"]
 ContextOf = Literal["shortlist", "clip", "told", "blind"]
 ContextLayers = Literal["paper", "released"]
+Depthwise = Literal["ours", "cudnn"]
 
 LARGEST = 2**16  # of a width, a depth, or a list of them in sum: no more than this is built
 
@@ -36,6 +37,7 @@ class ModelSettings:
     drop_path_rate, layer_scale: stochastic depth and the initial layer scale; None leaves the model's default.
     weights: a .pth, .pt or .safetensors file, or a run folder. A contextual model takes those of its plain twin
         and then starts as an exact drop-in for it.
+    depthwise: who computes plain depthwise convolutions of 5 x 5 taps or more on a GPU.
     class_counts to context_layers: contextual models only, see `ContextOptions`; None leaves the default.
     timm_options: what else the backbone's class takes by keyword, such as patch_size: see `check_timm_options`.
     """
@@ -46,6 +48,7 @@ class ModelSettings:
     drop_rate: float = 0.0
     layer_scale: float | None = None
     grad_checkpointing: bool = may_change(False)
+    depthwise: Depthwise = may_change("ours")  # noqa: RUF009 - a field
     weights: str | None = None
     class_counts: Sequence[int] | None = None
     embedding_dim: int | None = None
