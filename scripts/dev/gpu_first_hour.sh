@@ -5,7 +5,7 @@
 # the next. OUT/summary has a line for each: its status, the one that is expected, and seconds. Ends with 1 if one differs.
 #   N=8       processes; the GPUs of this node, unless it is set
 #   --cpu     the same on small pictures of noise, two processes and a CPU: to check the list itself
-# How to read it: docs/cluster.md. Kernels and speed: scripts/dev/gpu_check.sh.
+# How to read it: docs/cluster.md. Kernels and speed: scripts/dev/gpu_check.py.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: gpu_first_hour.sh OUT [--cpu]}")
 cd "$(dirname "$0")/../.."

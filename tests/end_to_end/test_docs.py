@@ -144,7 +144,7 @@ ELSEWHERE = {
     "ROOT=/path/to/imagenet ./scripts/dev/gpu_first_hour.sh OUT": (
         "tests/end_to_end/test_first_hour_on_gpus.py::test_the_list_passes_on_a_cpu"
     ),
-    "./scripts/dev/gpu_check.sh FOLDER": "tests/end_to_end/test_scripts.py::test_the_gpu_check_passes_on_a_cpu",
+    "python scripts/dev/gpu_check.py": "tests/end_to_end/test_scripts.py::test_the_gpu_check_passes_on_a_cpu",
     "python scripts/model/describe_model.py": (
         "tests/analysis/test_analysis.py::test_a_contextual_model_costs_its_twin_plus_what_the_definition_adds"
     ),

@@ -1,6 +1,6 @@
 """The chain on a GPU: python -m pytest -m gpu. TEST_GPU=cpu runs the same tests on a CPU, to check the tests.
 
-Trainer, evaluation, DALI's graph, several processes; the kernels have their own (tests/ops, scripts/dev/gpu_check.sh).
+Trainer, evaluation, DALI's graph, several processes; the kernels have their own (tests/ops, scripts/dev/gpu_check.py).
 """
 
 import json

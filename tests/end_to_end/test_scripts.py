@@ -1,9 +1,7 @@
 """The scripts that measure: small, but the real thing, from the command line to the JSON."""
 
 import json
-import os
 import signal
-import subprocess
 import tempfile
 from argparse import Namespace
 from pathlib import Path
@@ -57,25 +55,40 @@ def test_a_benchmark_that_is_killed_leaves_what_it_had(tmp_path):
     assert printed[: len(found)] == [(" / ".join(place), result) for place, result in found.items()]
 
 
-def test_the_gpu_check_goes_on_where_a_part_takes_too_long(tmp_path):
-    """Of the parts there is a stand-in here, the first of which hangs when it has one result."""
-    python = tmp_path / "python"
-    python.write_text(
+def test_the_gpu_check_goes_on_where_a_part_fails_or_hangs(monkeypatch, tmp_path):
+    """Of its processes there is a stand-in here: the first dies, the second hangs after one result."""
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "dev")
+    import gpu_check
+
+    stand_in = tmp_path / "python"
+    stand_in.write_text(
         "#!/usr/bin/env bash\n"
-        'while [[ $1 != --output ]]; do part+="$1 "; shift; done\n'
-        'echo \'{"checks": [1], "incomplete": true}\' > "$2"\n'
-        "[[ $part != scripts/dev/gpu_check.py* ]] || exec sleep 1000\n"
+        """echo '{"check": 1}'\n"""
+        '[[ "$*" != *"--part correct "* ]] || exit 3\n'
+        '[[ "$*" != *"--part kernels "* ]] || exec sleep 1000\n'
     )
-    python.chmod(0o755)
-    out = tmp_path / "out"
-    environment = os.environ | dict(PYTHON=str(python), LIMIT="1", BATCH_SIZES="8")
-    command = [ROOT / "scripts" / "dev" / "gpu_check.sh", out]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 1
-    (incomplete,) = (line for line in done.stderr.splitlines() if "incomplete" in line)
-    assert str(out / "checks.json") in incomplete
-    assert json.loads((out / "checks.json").read_text())["checks"] == [1]
-    assert {"op-b8.json", "loss.json", "model-base-b8.json"} <= {path.name for path in out.iterdir()}
+    stand_in.chmod(0o755)
+    output = tmp_path / "report.json"
+    monkeypatch.setattr(gpu_check.sys, "executable", str(stand_in))
+    parts = ("--parts", "correct", "steps", "kernels", "depthwise")
+    monkeypatch.setattr(
+        "sys.argv", ["gpu_check.py", *parts, "--device", "cpu", "--budget", "3", "--output", str(output)]
+    )
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main()
+    assert ended.value.code == 1
+    found = json.loads(output.read_text())
+    assert not found["passed"]
+    one = {"check": 1}
+    correct, steps, kernels, depthwise = (
+        [{k: v for k, v in check.items() if k != "part"} for check in found["checks"] if check["part"] == part]
+        for part in parts[1:]
+    )
+    assert correct == [one, {"passed": False, "error": "the part ended with status 3"}]
+    assert steps == [one]
+    assert kernels[0] == one
+    assert "budget" in kernels[1]["incomplete"]
+    assert depthwise == [{"left_out": "the budget is spent"}]
 
 
 def test_the_benchmark_of_the_convolution_gives_it_the_types_that_the_model_does(monkeypatch):
@@ -128,11 +141,11 @@ def test_the_benchmark_of_the_loss_times_both_kinds_of_targets():
     [["scripts/dev/benchmark.py", "loss", "--batch-size", "2", "--rounds", "1"], ["scripts/dev/gpu_check.py", "-h"]],
 )
 def test_what_runs_on_a_lent_gpu_needs_no_more_than_torch_triton_and_timm(command):
-    """gpu_check.sh is for machines that have been set up for nothing else."""
+    """gpu_check.py is for machines that have been set up for nothing else."""
     absent = ["hydra", "omegaconf", "wandb", "nvidia.dali", "rich", "matplotlib", "sklearn"]
     program = (
         f"import runpy, sys; sys.modules |= dict.fromkeys({absent}); sys.argv = {command}; "
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
+        "sys.path.insert(0, 'scripts/dev'); runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     done = run_python("-c", program)
     assert done.returncode == 0, done.stderr
@@ -145,7 +158,19 @@ def test_the_gpu_check_passes_on_a_cpu():
     printed, found = run("scripts/dev/gpu_check.py", "--device", "cpu", "--quick", timeout=580)
     assert printed == found["checks"]
     assert found["passed"]
-    assert {"compiles whole, training", "compiles whole, evaluation"} <= {check["check"] for check in found["checks"]}
+    names = {check["check"] for check in found["checks"] if "check" in check}
+    assert {"small, bfloat16, offsets of 1 pixels", "compiles whole, training", "compiles whole, evaluation"} <= names
+    ratios = [value for check in found["checks"] for key, value in check.items() if key.startswith("over ")]
+    assert len(ratios) == 3
+    assert ratios[0] == 1
+    assert {check["part"] for check in found["checks"]} == {
+        "correct",
+        "steps",
+        "kernels",
+        "depthwise",
+        "compiled",
+        "chain",
+    }
 
 
 def test_the_kernels_can_be_tuned():
@@ -155,7 +180,9 @@ def test_the_kernels_can_be_tuned():
     )  # fmt: skip
     (layer,) = found["milliseconds"].values()
     assert [line["kernel"] for line in printed] == list(layer)
-    assert set(layer) == {"forward", "gradients of weights and offsets", "gradient of x"}
+    assert set(layer) == {
+        *("forward", "weights and offsets", "gradient of x", "depthwise", "depthwise, gradient of w"),
+    }
     assert all(time > 0 for choices in layer.values() for time in choices.values())
 
 
