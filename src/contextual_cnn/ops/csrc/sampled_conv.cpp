@@ -36,6 +36,11 @@ struct Sample {
   T down, right;     // fractions
   T weight[4];       // bilinear
 
+  // Whether the tap gives nothing and gets nothing: a third of a 7 x 7 kernel's taps on a 7 x 7 map.
+  bool is_off_the_map() const {
+    return pixel[0] < 0 && pixel[1] < 0 && pixel[2] < 0 && pixel[3] < 0 && down == down && right == right;
+  }
+
   // Compared as floating point: a position far outside, or NaN, has no integer. NaN fractions show in the output.
   Sample(const Geometry& g, T y, T x) {
     const T top = std::floor(y), left = std::floor(x);
@@ -81,6 +86,7 @@ void forward(const Geometry& g, int64_t batch, const T* x, const T* w, const T* 
       T* out = y + i * C;
       std::fill(out, out + C, T(0));
       for_each_tap<T>(g, p, offset ? offset + i * K * 2 : nullptr, [&](int64_t k, const Sample<T>& at) {
+        if (at.is_off_the_map()) return;
         const T amount = mask ? mask[i * K + k] : T(1);
         const T a0 = amount * at.weight[0], a1 = amount * at.weight[1], a2 = amount * at.weight[2], a3 = amount * at.weight[3];
         const T* v[4];
@@ -109,6 +115,11 @@ void backward_range(const Geometry& g, int64_t first, int64_t last, const T* gy,
   for (int64_t p = 0; p < g.positions(); ++p) {
     const T* out = gy + p * C + first;
     for_each_tap<T>(g, p, offset ? offset + p * K * 2 : nullptr, [&](int64_t k, const Sample<T>& at) {
+      if (at.is_off_the_map()) {
+        if (goffset) std::fill_n(goffset + (p * K + k) * 2, 2, T(0));
+        if (gmask) gmask[p * K + k] = T(0);
+        return;
+      }
       const T amount = mask ? mask[p * K + k] : T(1);
       const T a0 = amount * at.weight[0], a1 = amount * at.weight[1], a2 = amount * at.weight[2], a3 = amount * at.weight[3];
       const T* v[4];
