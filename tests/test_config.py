@@ -109,7 +109,7 @@ def test_the_default_is_the_papers_recipe():
     assert config["schedule"]["warmup_epochs"] == 20
     optimizer = dict(name="adamw", lr=1e-3, weight_decay=0.05, betas=[0.9, 0.999], eps=1e-8, momentum=None)
     assert config["optimizer"] == optimizer | dict(
-        lr_scaling="none", lr_base_size=4096, bias_lr=None, classifier_lr=None
+        lr_scaling="none", lr_base_size=4096, bias_lr=None, classifier_lr=None, generator_lr=None
     )
     assert config["schedule"]["name"] == "cosine"
     assert config["loss"]["alpha"] == 0.15
@@ -151,7 +151,11 @@ MISTAKES = [
     (["data.root=x", "trainer.max_time=soon"], "trainer.max_time=soon is no time limit", "trainer.max_time=3:50:00"),
     (["data.root=x", "trainer.on_nonfinite=ignore"], "is not one of skip, stop, rollback", "trainer.on_nonfinite=skip"),
     (["data.root=x", "checkpoint.every_minutes=soon"], "is not a number", "checkpoint.every_minutes"),
-    (["data.root=x", "trainer.compile=7"], "trainer.compile=7 is not true or false", "true"),
+    (
+        ["data.root=x", "trainer.compile=7"],
+        "trainer.compile=7 is not one of auto or true or false",
+        "trainer.compile=auto",
+    ),
     (["data.root=x", "model.selection=best"], "is not one of rerank, reduce", "model.selection=rerank"),
     (["data.root=x", "augment.hflip=3"], "augment.hflip is a share", "augment.hflip=0"),
     (
@@ -346,6 +350,6 @@ def test_class_counts_that_do_not_fit_have_a_fix_that_works(classes, counts):
 
 
 def test_the_plain_twin_at_its_published_recipe_differs_in_the_learning_rate_alone():
-    plain, published = composed("model=convnext_t", "trainer.compile=true"), composed("experiment=table1_convnext_t")
+    plain, published = composed("model=convnext_t"), composed("experiment=table1_convnext_t")
     assert published["optimizer"].pop("lr") == 4 * plain["optimizer"].pop("lr") == 4e-3
     assert {key for key in plain if plain[key] != published[key]} == {"run_name"}

@@ -46,7 +46,7 @@ else
     : "${ROOT:?ROOT=/path/to/imagenet}"
     size=(model=contextual_convnext_t)
     run=(trainer.global_batch_size=$((128 * N)) trainer.log_every=5)
-    noise=(data.root=none data.layout=synthetic data.limit=8192)
+    noise=(data.root=none data.layout=synthetic data.limit=8192 trainer.compile=false)
     numbers=()
     compiled=(trainer.compile=true)
     real=(trainer.global_batch_size=$((128 * N)) trainer.compile=true trainer.max_steps=150 trainer.log_every=10)
@@ -80,7 +80,7 @@ fi
 step processes 300 0 "${launch[@]}" "${train[@]}" "${noise[@]}" run_name=processes trainer.max_steps=12
 if [ ${#compiled[@]} -gt 0 ]; then
     step compiled 900 0 env TORCH_LOGS=recompiles,graph_breaks \
-        "${launch[@]}" "${train[@]}" "${noise[@]}" run_name=compiled "${compiled[@]}" trainer.max_steps=12
+        "${launch[@]}" "${train[@]}" "${noise[@]/trainer.compile=false/${compiled[0]}}" run_name=compiled trainer.max_steps=12
 fi
 step stop 300 75 bash -c '"$@" & launcher=$!
     until grep -q "^epoch 1 step " "$0" || ! kill -0 $launcher; do sleep 0.2; done

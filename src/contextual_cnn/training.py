@@ -104,6 +104,8 @@ def _logger(settings: RunSettings, trainer: Trainer, run: RunFolder) -> Iterator
     log.info("run folder %s, device %s", run.path, trainer.world.device)
     if trainer.world.device.type == "cuda" and cores() < _FEWEST_CORES:
         log.warning("a process has %d CPU cores: they will not feed a GPU (on SLURM: --cpus-per-task)", cores())
+    if settings.trainer.compiles_on(trainer.world.device.type):
+        log.info("the first step compiles the model, for a minute or two (trainer.compile=false begins at once)")
     log.info("%s", trainer.plan)
     log.info("%s", trainer.task.describe(trainer.train_step.module))
     if remark := trainer.train_step.remark_on_norms():

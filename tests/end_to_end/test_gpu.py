@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.run, pytest.mark.skipif(not IS_THERE,
 
 
 def on_device(image_root: Path, folder: Path, *overrides: str) -> list[str]:
-    batches = ["trainer.micro_batch_size=16", "trainer.norm_batch=16", "data.image_size=64"]
+    batches = ["trainer.micro_batch_size=16", "trainer.norm_batch=16", "data.image_size=64", "trainer.compile=false"]
     return small_run(image_root, folder, f"trainer.device={DEVICE}", *batches, *overrides)
 
 

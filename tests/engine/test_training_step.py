@@ -71,6 +71,28 @@ def task(augment):
     return ImageClassification(settings, SimpleNamespace(num_classes=2, sources={}))
 
 
+@pytest.mark.parametrize(("compile", "on"), [("auto", ["cuda"]), (True, ["cuda", "cpu"]), (False, [])])
+def test_auto_compiles_on_a_gpu_alone(compile, on):
+    assert [device for device in ("cuda", "cpu") if TrainerSettings(compile=compile).compiles_on(device)] == on
+
+
+def test_training_and_evaluations_are_compiled_in_the_mode_that_is_asked_for(monkeypatch):
+    modes = []
+
+    def compiled(model, mode):
+        modes.append(mode)
+        return model
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    mode = "max-autotune-no-cudagraphs"
+    step = training_step(WithStatistics(), compile=True, compile_mode=mode, ema_decay=0.9)
+    assert modes == [mode]
+    assert list(step.evaluated_calls()) == ["raw", "ema"]
+    assert modes == [mode] * 3
+    training_step(WithStatistics()).evaluated_calls()  # on a CPU
+    assert len(modes) == 3
+
+
 def test_moments_of_other_parameters_are_refused():
     state = training_step(Small("first", "second")).state()
     assert state["optimized"] == [["first.bias", "second.bias"], ["first.weight", "second.weight"]]

@@ -52,7 +52,27 @@ def test_biases_and_the_classifier_may_learn_faster(name):
             assert by_parameter[parameter]["weight_decay"] == decays[parameter]
 
 
-@pytest.mark.parametrize("key", ["bias_lr", "classifier_lr"])
+def test_generators_of_offsets_may_learn_at_another_rate():
+    """All of their parameters, and no other."""
+    model = build_model(ModelSettings(name="contextual_convnext_atto", num_classes=10))
+    optimizer = build_optimizer(model, OptimizerSettings(generator_lr=3.0, bias_lr=2.0), 4096)
+    scales = {p: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    names = {name: scales[p] for name, p in model.named_parameters()}
+    assert len(names) == len(scales)
+    generators = {name for name in names if ".weight_offset." in name or ".sampling_offset." in name}
+    tripled = {name for name, scale in names.items() if scale in (3.0, 6.0)}
+    assert tripled == generators
+    assert {names[name] for name in generators if name.endswith("out.bias")} == {6.0}
+
+
+def test_a_model_without_generators_refuses_a_rate_of_their_own():
+    model = build_model(ModelSettings(name="resnet18", num_classes=3))
+    with pytest.raises(UserError, match="no generators of offsets") as error:
+        build_optimizer(model, OptimizerSettings(generator_lr=2.0), 1)
+    assert error.value.fix == "optimizer.generator_lr=null"
+
+
+@pytest.mark.parametrize("key", ["bias_lr", "classifier_lr", "generator_lr"])
 def test_factors_of_the_learning_rate_are_above_0(key):
     with pytest.raises(UserError, match=key):
         OptimizerSettings(**{key: 0.0})

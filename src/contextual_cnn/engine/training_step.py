@@ -71,7 +71,8 @@ class TrainingStep:
         managed = set(map(id, self.norms.managed))
         self._buffers = [buffer for buffer in model.buffers() if id(buffer) not in managed]
         self._compiled: dict[str, Any] = {}  # for evaluations, which compile when the first one comes
-        self._model = torch.compile(model) if settings.compile else model
+        self._compiles = settings.compiles_on(world.device.type)
+        self._model = torch.compile(model, mode=settings.compile_mode) if self._compiles else model
         if world.size > 1:
             distributed = DistributedDataParallel(
                 self._model,
@@ -127,8 +128,9 @@ class TrainingStep:
 
     def evaluated_calls(self) -> dict[str, Call]:
         """The same as they are called, compiled where the training is."""
-        if self._settings.compile and not self._compiled:
-            self._compiled = {name: torch.compile(model) for name, model in self.evaluated().items()}
+        if self._compiles and not self._compiled:
+            mode = self._settings.compile_mode
+            self._compiled = {name: torch.compile(model, mode=mode) for name, model in self.evaluated().items()}
         context = autocast(self._settings.precision, self.position.world.device)
         return {name: under(context, self._compiled.get(name, model)) for name, model in self.evaluated().items()}
 

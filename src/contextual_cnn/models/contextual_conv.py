@@ -146,6 +146,8 @@ class ContextualConv2d(_Replacement):
 class WeightOffset(nn.Module):
     """dw: [GAP(x), context] -> FC, LN, ReLU, FC -> a kernel of its own for every image and input channel."""
 
+    is_generator = True  # for the optimizer, which may train it at another rate
+
     def __init__(self, conv: nn.Conv2d, context_dim: int, generators: Generators) -> None:
         super().__init__()
         self.kernel_size = tuple(conv.kernel_size)
@@ -186,6 +188,8 @@ class TapMaps(nn.Module):
 
     The last convolution has size, stride and dilation of the one that it makes offsets for.
     """
+
+    is_generator = True  # for the optimizer, which may train it at another rate
 
     def __init__(self, conv: nn.Conv2d, context_dim: int, maps: int, generators: Generators) -> None:
         super().__init__()
@@ -258,6 +262,8 @@ class ScaleShiftConv2d(_Replacement):
 
 class ScaleShift(nn.Module):
     """[GAP(x), context] -> FC, norm, ReLU, FC -> scale - 1 and shift, through C / 4 hidden units."""
+
+    is_generator = True  # for the optimizer, which may train it at another rate
 
     def __init__(self, conv: nn.Conv2d, context_dim: int, generators: Generators) -> None:
         super().__init__()

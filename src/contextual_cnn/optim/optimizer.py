@@ -67,15 +67,23 @@ def _scaled_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[s
 def _lr_factors(model: nn.Module, settings: OptimizerSettings) -> dict[Tensor, float]:
     """By what the learning rate of a parameter is multiplied, where that is not 1."""
     factors: dict[Tensor, float] = {}
-    if settings.bias_lr is not None:
-        for module in model.modules():
-            weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-            if isinstance(weight, Tensor) and isinstance(bias, Tensor) and weight.ndim > 1:  # not of a norm
-                factors[bias] = settings.bias_lr
-    if settings.classifier_lr is not None:
-        for parameter in _classifier_parameters(model):
-            factors[parameter] = factors.get(parameter, 1.0) * settings.classifier_lr
+    for parts, factor in (
+        (_biases, settings.bias_lr),
+        (_classifier_parameters, settings.classifier_lr),
+        (_generator_parameters, settings.generator_lr),
+    ):
+        if factor is not None:
+            for parameter in parts(model):
+                factors[parameter] = factors.get(parameter, 1.0) * factor
     return factors
+
+
+def _biases(model: nn.Module) -> Iterator[Tensor]:
+    """Of convolutions and linear layers, not of norms."""
+    for module in model.modules():
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if isinstance(weight, Tensor) and isinstance(bias, Tensor) and weight.ndim > 1:
+            yield bias
 
 
 def _classifier_parameters(model: nn.Module) -> Iterator[Tensor]:
@@ -83,6 +91,16 @@ def _classifier_parameters(model: nn.Module) -> Iterator[Tensor]:
     yield from cast(TimmModel, model).get_classifier().parameters()
     if hasattr(model, "last_projection"):
         yield from cast(nn.Module, model.last_projection).parameters()
+
+
+def _generator_parameters(model: nn.Module) -> Iterator[Tensor]:
+    generators = [module for module in model.modules() if getattr(module, "is_generator", False)]
+    if not generators:
+        raise UserError(
+            "optimizer.generator_lr: this model has no generators of offsets", "optimizer.generator_lr=null"
+        )
+    for generator in generators:
+        yield from generator.parameters()
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:

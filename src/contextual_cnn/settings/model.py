@@ -23,7 +23,6 @@ Merge = Literal["mean", "scores"]
 ContextInit = Literal["uniform", "trunc_normal"]
 ContextOf = Literal["shortlist", "clip", "told", "blind"]
 ContextLayers = Literal["paper", "released"]
-Depthwise = Literal["ours", "cudnn"]
 
 LARGEST = 2**16  # of a width, a depth, or a list of them in sum: no more than this is built
 
@@ -48,7 +47,7 @@ class ModelSettings:
     drop_rate: float = 0.0
     layer_scale: float | None = None
     grad_checkpointing: bool = may_change(False)
-    depthwise: Depthwise = may_change("ours")  # noqa: RUF009 - a field
+    depthwise: Literal["ours", "cudnn"] = may_change("ours")
     weights: str | None = None
     class_counts: Sequence[int] | None = None
     embedding_dim: int | None = None

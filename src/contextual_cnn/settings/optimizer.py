@@ -17,6 +17,8 @@ class OptimizerSettings:
         batch, or to its square root.
     bias_lr, classifier_lr: by what the learning rate of biases (of convolutions and linear layers, not of norms) and of
         the classifier is multiplied; of the classifier's bias by both. None is 1.
+    generator_lr: the same for the layers that make offsets of a contextual convolution. They begin with zeros at the
+        end, so that the layers in front of it learn nothing at first.
     betas, eps, momentum: None leaves the optimizer's own; set those to null that an optimizer does not have.
     """
 
@@ -30,6 +32,7 @@ class OptimizerSettings:
     momentum: float | None = None
     bias_lr: float | None = None
     classifier_lr: float | None = None
+    generator_lr: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < math.inf:
@@ -49,7 +52,7 @@ class OptimizerSettings:
                 f"optimizer.momentum must be from 0 to below 1, got {self.momentum}", "optimizer.momentum=0.9"
             )
 
-        for key in ("bias_lr", "classifier_lr"):
+        for key in ("bias_lr", "classifier_lr", "generator_lr"):
             factor = getattr(self, key)
             if factor is not None and not 0 < factor < math.inf:
                 raise UserError(f"optimizer.{key} must be above 0 and finite, got {factor}", f"optimizer.{key}=null")
