@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,30 @@ def read_frames(encoded: bytes, choose: Callable[[int], np.ndarray]) -> np.ndarr
         UnusableVideo: no video, damaged, or too large.
         UserError: PyAV is not installed.
     """
-    av = _import_av()
+    with _opened(encoded) as (stream, packets):
+        chosen = choose(len(packets))
+        wanted = np.unique(chosen)
+        found = _alone(packets, wanted) if stream.codec.intra_only else _in_turn(stream, packets, wanted)
+        pictures = np.stack([_upright(found[number]) for number in wanted])
+    return pictures[np.searchsorted(wanted, chosen)]
+
+
+def every_frame(encoded: bytes) -> Iterator[np.ndarray]:
+    """All frames in the order in which they are shown, each (H, W, 3) uint8, RGB, upright.
+
+    Raises:
+        UnusableVideo, UserError: as `read_frames`, also in the middle.
+    """
+    with _opened(encoded) as (stream, packets):
+        for frame in _decoded(stream, packets):
+            _keep({}, 0, frame, 1)
+            yield _upright(frame)
+
+
+@contextmanager
+def _opened(encoded: bytes) -> Iterator[tuple[Any, list[Any]]]:
+    """The stream of pictures, and its packets. Whatever goes wrong within is an UnusableVideo."""
+    av = import_av()
     try:
         with av.open(io.BytesIO(encoded), options=_OPTIONS) as container:
             if not container.streams.video:
@@ -46,18 +70,19 @@ def read_frames(encoded: bytes, choose: Callable[[int], np.ndarray]) -> np.ndarr
             packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
             if not packets:
                 raise UnusableVideo("no frames in it")
-            chosen = choose(len(packets))
-            wanted = np.unique(chosen)
-            found = _alone(packets, wanted) if stream.codec.intra_only else _in_turn(stream, packets, wanted)
-            pictures = np.stack([_upright(found[number]) for number in wanted])
-    except (UnusableVideo, UserError):
+            yield stream, packets
+    except (UnusableVideo, UserError, GeneratorExit):
         raise
     except Exception as error:  # FFmpeg's errors have no common class that says more
         raise UnusableVideo(f"{type(error).__name__}: {error}"[:200]) from error
-    return pictures[np.searchsorted(wanted, chosen)]
 
 
-def _import_av() -> Any:
+def import_av() -> Any:
+    """PyAV.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         import av
     except ImportError as error:

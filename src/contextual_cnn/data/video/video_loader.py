@@ -39,15 +39,32 @@ class Maker(NamedTuple):
     settings: DataSettings
 
     @property
-    def short_side(self) -> int:
-        """To which an evaluation resizes."""
-        return round(self.settings.image_size / self.settings.crop_pct)
-
-    @property
     def views(self) -> tuple[int, ...]:
         """(V, T, S, S, 3) of a video in an evaluation."""
-        side = self.short_side if self.clip.crops == 3 else self.settings.image_size
+        side = short_side(self.settings) if self.clip.crops == 3 else self.settings.image_size
         return self.clip.clips * self.clip.crops, self.clip.frames, side, side, 3
+
+
+def short_side(settings: DataSettings) -> int:
+    """To which an evaluation resizes."""
+    return round(settings.image_size / settings.crop_pct)
+
+
+def evaluated_views(encoded: bytes, clip: ClipSettings, settings: DataSettings) -> np.ndarray:
+    """What an evaluation shows the model of a video.
+
+    Args:
+        encoded: a whole file.
+
+    Returns:
+        (V, T, S, S, 3) uint8.
+
+    Raises:
+        UnusableVideo: see `read_frames`.
+    """
+    clips = read_frames(encoded, lambda number: evaluation_frames(number, clip))
+    sides = settings.image_size, short_side(settings)
+    return np.concatenate([evaluation_views(frames, clip, *sides) for frames in clips])
 
 
 def train_batches(
@@ -61,7 +78,7 @@ def train_batches(
     """Clips (B, 1, T, 3, S, S) float32, normalised, and their classes (B,). The threads are worker processes."""
     make = partial(_make_training_batch, Maker(videos, clip, settings), sampler)
     for pixels, targets, replaced in on_device(worker_loader(make, count(), settings, device), bad, device):
-        yield Batch(_normalised(pixels, settings), targets, replaced)
+        yield Batch(normalised(pixels, settings), targets, replaced)
 
 
 class EvaluationBatches:
@@ -83,10 +100,10 @@ class EvaluationBatches:
     def __iter__(self) -> Iterator[Batch]:
         """One pass."""
         for pixels, targets, _ in on_device(self._loader, self._bad, self._device):
-            yield Batch(_normalised(pixels, self._settings), targets)
+            yield Batch(normalised(pixels, self._settings), targets)
 
 
-def _normalised(pixels: Tensor, settings: DataSettings) -> Tensor:
+def normalised(pixels: Tensor, settings: DataSettings) -> Tensor:
     """(B, V, T, 3, S, S) uint8 -> float32, each frame channels_last."""
     return normalise(pixels.flatten(0, 2), settings.mean, settings.std).unflatten(0, pixels.shape[:3])
 
@@ -117,7 +134,8 @@ def _training_clip(maker: Maker, uniform: np.ndarray, index: int) -> np.ndarray:
     """(T, S, S, 3) uint8. Raises BadImage."""
     clip, size = maker.clip, maker.settings.image_size
     of_frames = uniform[_CROP_AND_FLIP : _CROP_AND_FLIP + clip.frames]
-    frames = _read(maker.videos, index, lambda number: training_frames(number, clip, of_frames))
+    choose = partial(training_frames, clip=clip, uniform=of_frames)
+    frames = _of_file(maker.videos, index, partial(read_frames, choose=choose))
     height, width = frames.shape[1:3]
     box = training_box(height, width, size, clip.scales, uniform[:2])
     return cropped(frames, box, size, flip=uniform[2] < clip.hflip)
@@ -133,15 +151,13 @@ def _make_evaluation_batch(maker: Maker, shares: Sequence[np.ndarray], n: int) -
 
 def _views(maker: Maker, index: int) -> np.ndarray:
     """(V, T, S, S, 3) uint8. Raises BadImage."""
-    clips = _read(maker.videos, index, lambda number: evaluation_frames(number, maker.clip))
-    size, short_side = maker.settings.image_size, maker.short_side
-    return np.concatenate([evaluation_views(clip, maker.clip, size, short_side) for clip in clips])
+    return _of_file(maker.videos, index, partial(evaluated_views, clip=maker.clip, settings=maker.settings))
 
 
-def _read(videos: ImageSource, index: int, choose: Callable[[int], np.ndarray]) -> np.ndarray:
-    """What `read_frames` gives. Raises BadImage."""
+def _of_file(videos: ImageSource, index: int, use: Callable[[bytes], np.ndarray]) -> np.ndarray:
+    """What a function makes of a whole file. Raises BadImage."""
     try:
-        return read_frames(read_patiently(videos, index), choose)
+        return use(read_patiently(videos, index))
     except UnusableVideo as error:
         raise BadImage(videos.name(index), str(error)) from error
     except OSError as error:
