@@ -1,6 +1,6 @@
 """Times the contextual convolution, a training step, the loss and the loader, each beside what it is compared with.
 
-python scripts/dev/benchmark.py op|model|loss|table1|data [--model tiny] [--batch-size N] [--rounds 5] [--output FILE]
+python scripts/dev/benchmark.py op|model|clips|loss|table1|data [--model tiny] [--batch-size N] [--output FILE]
 
 Prints a line of JSON with each result, and the whole report at the end. As in training, maps are bfloat16 on a GPU and
 float32 on a CPU, and what else a layer is given has the type that the model gives it.
@@ -26,9 +26,11 @@ from contextual_cnn.analysis.comparison import describe_family
 from contextual_cnn.contracts import StagedScores
 from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.models import build_model
+from contextual_cnn.models.temporal_shift import fit_to_clips
 from contextual_cnn.ops import contextual_conv2d
 from contextual_cnn.optim import build_optimizer
 from contextual_cnn.runs.environment import Report, environment
+from contextual_cnn.settings.clip import ClipSettings
 from contextual_cnn.settings.model import ModelSettings
 from contextual_cnn.settings.optimizer import OptimizerSettings
 
@@ -40,9 +42,9 @@ STAGES = {"stage 2": (192, 28), "stage 3": (384, 14), "stage 4": (768, 7)}  # of
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["op", "model", "loss", "table1", "data"])
+    parser.add_argument("what", choices=["op", "model", "clips", "loss", "table1", "data"])
     parser.add_argument("--model", default="tiny", choices=["atto", "tiny", "small", "base"])
-    parser.add_argument("--batch-size", type=int, help="8, and 64 for data")
+    parser.add_argument("--batch-size", type=int, help="8, 64 for data, 1 clip of 8 frames")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
@@ -53,13 +55,14 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    arguments.batch_size = arguments.batch_size or (64 if arguments.what == "data" else 8)
+    arguments.batch_size = arguments.batch_size or {"data": 64, "clips": 1}.get(arguments.what, 8)
     arguments.dtype = arguments.dtype or default_dtype(arguments.device)
     torch.set_float32_matmul_precision("high")  # both as train.py has them
     torch.backends.cudnn.benchmark = True
     benchmarks = {
         "op": benchmark_op,
         "model": benchmark_model,
+        "clips": benchmark_clips,
         "loss": benchmark_loss,
         "table1": benchmark_table1,
         "data": benchmark_data,
@@ -176,15 +179,31 @@ def benchmark_model(arguments: argparse.Namespace) -> Findings:
     yield ("peak_memory_of_the_process_mib",), _peak_memory(arguments.device)
 
 
-def _training_and_inference(name: str, arguments: argparse.Namespace) -> tuple[Callable, Callable]:
-    model = build_model(ModelSettings(name=name, num_classes=1000)).to(
-        arguments.device, memory_format=torch.channels_last
-    )
+def benchmark_clips(arguments: argparse.Namespace) -> Findings:
+    """Clips of 8 frames in ResNet-50 with the temporal shift: training step and inference, beside the plain twin's."""
+    contextual, plain = "contextual_resnet50", "resnet50"
+    clip = ClipSettings()
+    pairs = {name: _training_and_inference(name, arguments, clip) for name in (contextual, plain)}
+    for i, what in enumerate(("training step", "inference")):
+        found = time_side_by_side({name: pair[i] for name, pair in pairs.items()}, contextual, arguments)
+        speeds = {name: round(1e3 * arguments.batch_size / ms, 3) for name, ms in found["milliseconds"].items()}
+        yield (what,), found | {"clips_per_second": speeds}
+
+
+def _training_and_inference(
+    name: str, arguments: argparse.Namespace, clip: ClipSettings | None = None
+) -> tuple[Callable, Callable]:
+    """clip: the batch is of clips, frame by frame, and the scores are of frames."""
+    model = build_model(ModelSettings(name=name, num_classes=400 if clip else 1000))
+    if clip is not None:
+        fit_to_clips(model, clip)
+    model = model.to(arguments.device, memory_format=torch.channels_last)
+    batch = arguments.batch_size * (clip.frames if clip else 1)
     optimizer, loss = build_optimizer(model, OptimizerSettings(), global_batch=4096), StagedCrossEntropy()
     run = torch.compile(model) if arguments.compile else model
-    images = torch.randn(arguments.batch_size, 3, arguments.image_size, arguments.image_size, device=arguments.device)
+    images = torch.randn(batch, 3, arguments.image_size, arguments.image_size, device=arguments.device)
     images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(1000, (arguments.batch_size,), device=arguments.device)
+    labels = torch.randint(400 if clip else 1000, (batch,), device=arguments.device)
     kind, low = torch.device(arguments.device).type, arguments.dtype == "bfloat16"
     autocast = torch.autocast(kind, torch.bfloat16, enabled=low)
 

@@ -1,6 +1,6 @@
 """Prints parameters and multiply-adds of contextual models, plain twins and peers beside the published figures.
 
-python scripts/model/describe_model.py [--json] [--image-size 224] [--num-classes 1000]
+python scripts/model/describe_model.py [--json] [--image-size 224] [--num-classes 1000] [--frames 8]
 python scripts/model/describe_model.py "contextual_*" "convnext_*"     lists what model.name may be
 """
 
@@ -24,15 +24,18 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--num-classes", type=int, default=1000)
+    parser.add_argument("--frames", type=int, default=1, help="of a clip: ResNet-50, and multiply-adds of all frames")
     arguments = parser.parse_args()
     if arguments.patterns:
         list_models(arguments.patterns)
         return
-    rows = [row for twin in FAMILIES for row in describe_family(twin, arguments.image_size, arguments.num_classes)]
+    twins = FAMILIES if arguments.frames == 1 else ["resnet50"]
+    size = (arguments.image_size, arguments.num_classes, arguments.frames)
+    rows = [row for twin in twins for row in describe_family(twin, *size)]
     if arguments.json:
         print(json.dumps(rows, indent=2))
     else:
-        Console(width=150).print(table(rows, arguments.image_size))
+        Console(width=150).print(table(rows, arguments.image_size, arguments.frames))
 
 
 def list_models(patterns: list[str]) -> None:
@@ -46,8 +49,9 @@ def list_models(patterns: list[str]) -> None:
         print(f"{name:50} {sum(p.numel() for p in model.parameters()) / 1e6:8.2f} M parameters, {size} x {size}")
 
 
-def table(rows: list[dict], image_size: int) -> Table:
-    result = Table(title=f"Multiply-adds for an image of {image_size} x {image_size}")
+def table(rows: list[dict], image_size: int, frames: int = 1) -> Table:
+    what = "an image" if frames == 1 else f"a clip of {frames} frames"
+    result = Table(title=f"Multiply-adds for {what} of {image_size} x {image_size}")
     columns = ("model", "parameters", "GMACs", "vs twin", "bilinear samples", "class table", "paper's top-1")
     for column in columns:
         result.add_column(column, justify="left" if column == "model" else "right")

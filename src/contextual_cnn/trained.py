@@ -61,6 +61,21 @@ class Trained:
         }
 
 
+def read_trained(checkpoint: str) -> tuple[Path, Mapping[str, Any], str]:
+    """The file, what it holds, and the task that it was trained for.
+
+    Args:
+        checkpoint: a run folder or a .pt file.
+
+    Raises:
+        UserError: no such checkpoint, or a damaged one.
+    """
+    path = find_checkpoint(checkpoint)
+    state = load_trained(path)
+    require_entries(state, path, "config")
+    return path, state, state["config"].get("task", LATER_KEYS["task"])
+
+
 def load_model(checkpoint: str, weights: str = "auto", data: Mapping[str, Any] | None = None) -> Trained:
     """Builds the model of a checkpoint's own config and loads its weights.
 
@@ -73,10 +88,8 @@ def load_model(checkpoint: str, weights: str = "auto", data: Mapping[str, Any] |
         UserError: no such checkpoint, one of another task than images, a damaged one, one whose config is refused, or
             weights that it does not hold.
     """
-    path = find_checkpoint(checkpoint)
-    state = load_trained(path)
-    require_entries(state, path, "config")
-    if (task := state["config"].get("task", LATER_KEYS["task"])) != LATER_KEYS["task"]:
+    path, state, task = read_trained(checkpoint)
+    if task != LATER_KEYS["task"]:
         raise UserError(
             f"{path} is of the task {task}, not of images", "python evaluate.py checkpoint=RUN takes any task"
         )

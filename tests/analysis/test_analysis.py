@@ -6,6 +6,7 @@ import pytest
 import timm
 from PIL import Image
 
+from contextual_cnn.analysis.comparison import describe_family
 from contextual_cnn.analysis.cost import count_cost
 from contextual_cnn.analysis.curves import plot_curves
 from contextual_cnn.models import build_model
@@ -24,6 +25,16 @@ def test_the_plain_models_cost_is_the_published_one():
     assert cost.parameters == 28_589_128
     assert cost.macs == pytest.approx(4.456e9, rel=1e-3)  # timm's own count
     assert cost.interpolation == cost.per_batch == 0
+
+
+def test_a_clip_costs_what_was_published():
+    """TSM (Lin et al., ICCV 2019): 32.88 G and 24.3 M for 8 frames in ResNet-50, 400 classes."""
+    plain, contextual = describe_family("resnet50", num_classes=400, frames=8)
+    assert plain["macs"] == pytest.approx(32.88e9, rel=0.01)
+    assert plain["parameters"] == pytest.approx(24.3e6, rel=0.01)
+    assert 1 < contextual["vs_twin"] < 1.02
+    image, _ = describe_family("resnet50", num_classes=400)
+    assert plain["macs"] == 8 * image["macs"]
 
 
 def test_a_contextual_model_costs_its_twin_plus_what_the_definition_adds():

@@ -178,6 +178,17 @@ ELSEWHERE = {
     "python scripts/dev/tune_kernels.py": "tests/end_to_end/test_scripts.py::test_the_kernels_can_be_tuned",
     "pip install -e '.[video]'": "installs",
     "python scripts/data/prepare_moving_digits.py data/moving_digits": VIDEO,
+    "python scripts/data/prepare_kinetics.py LISTS CLIPS KINETICS": (
+        "tests/scripts/test_prepare_kinetics.py::test_what_is_there_is_transcoded_and_the_rest_named"
+    ),
+    "python scripts/model/predict.py data/moving_digits/val/left/0003.mov --checkpoint "
+    "outputs/moving_digits_contextual_resnet50": (
+        "tests/end_to_end/test_video.py::test_a_video_is_named_with_its_frames_and_shortlists"
+    ),
+    "python scripts/model/describe_model.py --frames 8 --num-classes 400": (
+        "tests/analysis/test_analysis.py::test_a_clip_costs_what_was_published"
+    ),
+    "python scripts/dev/benchmark.py clips": "tests/end_to_end/test_scripts.py::test_the_benchmark_of_clips_has_a_twin",
     "python train.py experiment=moving_digits": VIDEO,
     "python evaluate.py checkpoint=outputs/moving_digits_contextual_resnet50": VIDEO,
     "torchrun --nproc-per-node 8 train.py experiment=resnet50_sgd data.root=IMAGENET": YAML,

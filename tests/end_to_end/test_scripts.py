@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from contextual_cnn.analysis.comparison import describe_family
 from contextual_cnn.models import contextual_conv
-from tests.conftest import HAS_COMPILER, ROOT, run_command, run_python
+from tests.conftest import HAS_COMPILER, run_command, run_python
 from tests.helpers import quick_start
 from tests.helpers.fake_cuda import run_under_autocast
 
@@ -57,7 +57,6 @@ def test_a_benchmark_that_is_killed_leaves_what_it_had(tmp_path):
 
 def test_the_gpu_check_goes_on_where_a_part_fails_or_hangs(monkeypatch, tmp_path):
     """Of its processes there is a stand-in here: the first dies, the second hangs after one result."""
-    monkeypatch.syspath_prepend(ROOT / "scripts" / "dev")
     import gpu_check
 
     stand_in = tmp_path / "python"
@@ -121,6 +120,13 @@ def test_the_benchmark_of_a_model_times_it_beside_its_twin_and_the_released_form
     for what in ("training step", "inference"):
         assert set(found[what]["milliseconds"]) == {"contextual_convnext_atto", "convnext_atto", "as released"}
         assert min(found[what]["milliseconds"].values()) > 0
+
+
+def test_the_benchmark_of_clips_has_a_twin():
+    found = report("scripts/dev/benchmark.py", "clips", "--image-size", "32", "--rounds", "1")["results"]
+    for what in ("training step", "inference"):
+        assert set(found[what]["clips_per_second"]) == {"contextual_resnet50", "resnet50"}
+        assert min(found[what]["clips_per_second"].values()) > 0
 
 
 def test_table_1_has_the_twin_and_the_contextual_model_side_by_side():

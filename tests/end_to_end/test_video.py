@@ -1,12 +1,15 @@
 """Videos by the real commands: trained, stopped, gone on with, shared by two processes, evaluated."""
 
+import csv
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from contextual_cnn.data.video.decode import read_frames
-from tests.conftest import ROOT, run_command, run_group
+from tests.conftest import run_command, run_group
 from tests.helpers.endings import assert_same_end, checkpoint, losses, steps_logged
 from tests.helpers.quick_start import Command, run
 
@@ -97,8 +100,53 @@ def test_an_evaluation_counts_every_video_once_by_several_views(straight):
     assert "evaluation.json" in written
 
 
+def test_a_video_is_named_with_its_frames_and_shortlists(straight, digits, tmp_path):
+    """A picture, an animation of the clip, and a table of a folder, in which a file is no video."""
+    clips = sorted((digits / "val" / "left").iterdir())
+    predict = ("scripts/model/predict.py", "--checkpoint", str(straight / "run"), "--device", "cpu")
+    done = run_command(*predict, str(clips[0]), "--output", str(tmp_path / "clip.png"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" %") == 4  # classes
+    for stage, size in ((1, 3), (2, 2), (3, 1)):
+        assert f"after stage {stage}: {size} of 4 classes a frame, of 4 frames: " in done.stdout
+    animated = run_command(*predict, str(clips[0]), "--output", str(tmp_path / "clip.gif"))
+    assert animated.returncode == 0, animated.stderr
+    with Image.open(tmp_path / "clip.png") as picture, Image.open(tmp_path / "clip.gif") as animation:
+        assert picture.width > 1000
+        assert animation.n_frames == 4
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    (folder / clips[0].name).write_bytes(clips[0].read_bytes())
+    (folder / "broken.mp4").write_bytes(clips[0].read_bytes()[:100])
+    table = run_command(*predict, str(folder), "--output", str(tmp_path / "clips.csv"))
+    assert table.returncode == 1
+    assert "broken.mp4" in table.stderr
+    (row,) = csv.DictReader((tmp_path / "clips.csv").read_text().splitlines())
+    assert row["video"].endswith(clips[0].name)
+    assert f"{100 * float(row['probability1']):.2f} %" in done.stdout
+
+
+def test_a_prediction_is_what_the_evaluation_found(straight, digits, tmp_path):
+    """Of every video of the val split."""
+    found = tmp_path / "evaluated.csv"
+    run_folder = str(straight / "run")
+    done = run_command("evaluate.py", f"checkpoint={run_folder}", "device=cpu", f"predictions={found}")
+    assert done.returncode == 0, done.stderr
+    predict = ("scripts/model/predict.py", "--checkpoint", run_folder, "--device", "cpu")
+    done = run_command(*predict, str(digits / "val"), "--output", str(tmp_path / "predicted.csv"))
+    assert done.returncode == 0, done.stderr
+    evaluated, predicted = (
+        list(csv.DictReader(path.read_text().splitlines())) for path in (found, tmp_path / "predicted.csv")
+    )
+    assert len(predicted) == len(evaluated) == 20
+    by_name = {"/".join(Path(row["video"]).parts[-2:]): row for row in predicted}
+    for row in evaluated:
+        ours = by_name["/".join(Path(row["name"]).parts[-2:])]
+        assert ours["class1"] == row["class1"]
+        assert float(ours["probability1"]) == pytest.approx(float(row["probability1"]), abs=1e-4)
+
+
 def test_a_script_of_images_refuses_a_model_of_videos(straight):
-    picture = ROOT / "docs" / "preview.jpg"
-    predicted = run_command("scripts/model/predict.py", str(picture), "--checkpoint", str(straight / "run"))
-    assert predicted.returncode == 2
-    assert "video_classification" in predicted.stderr
+    refused = run_command("scripts/analysis/analyze.py", "shortlist", "--checkpoint", str(straight / "run"))
+    assert refused.returncode == 2
+    assert "video_classification" in refused.stderr

@@ -84,9 +84,9 @@ def test_a_folder_gives_a_row_per_image_and_names_the_unreadable(predict, run, f
             )
 
 
-def test_a_folder_without_images_is_explained(predict, tmp_path):
+def test_a_folder_without_images_is_explained(predict, run, tmp_path):
     (tmp_path / "empty").mkdir()
-    status, _, errors = predict(tmp_path / "empty", "--checkpoint", tmp_path)
+    status, _, errors = predict(tmp_path / "empty", "--checkpoint", run[0])
     assert status == 2
     assert "fix: " in errors
 

@@ -15,12 +15,18 @@ FAMILIES = {
 TOP1 = {"convnext_tiny": 82.1, "convnext_small": 83.1, "convnext_base": 83.8}  # the paper's, of the plain twins
 
 
-def describe_family(twin: str, image_size: int = 224, num_classes: int = 1000) -> list[dict]:
-    """The plain twin, its peers, and the contextual model, in that order."""
+def describe_family(twin: str, image_size: int = 224, num_classes: int = 1000, frames: int = 1) -> list[dict]:
+    """The plain twin, its peers, and the contextual model, in that order.
+
+    Args:
+        frames: of a clip, whose shifts move numbers and multiply none. The products with the class table are counted
+            for a batch of one of them.
+    """
     peers, top1 = FAMILIES[twin]
     names = [twin, *(peers if image_size == 224 else ()), f"contextual_{twin}"]  # Swin has a fixed size
     rows = [_describe(name, image_size, num_classes) for name in names]
     for row in rows:
+        row["macs"], row["interpolation"] = frames * row["macs"], frames * row["interpolation"]
         row["vs_twin"] = row["macs"] / rows[0]["macs"]
         row["vs_twin_with_interpolation"] = (row["macs"] + row["interpolation"]) / rows[0]["macs"]
         row["vs_twin_batch_of_1"] = (row["macs"] + row["per_batch"]) / rows[0]["macs"]
