@@ -5,10 +5,12 @@ import timm
 import torch
 from torch.testing import assert_close
 
+from contextual_cnn.batch_plan import BatchPlan, NormPlan
 from contextual_cnn.contracts import StagedScores
+from contextual_cnn.engine.batch_norms import BatchNorms
 from contextual_cnn.errors import UserError
 from contextual_cnn.models import build_model
-from contextual_cnn.models.temporal_shift import ShiftedConv2d, fit_to_clips, temporal_shift
+from contextual_cnn.models.temporal_shift import FrozenBatchNorm2d, ShiftedConv2d, fit_to_clips, temporal_shift
 from contextual_cnn.settings.clip import ClipSettings
 from contextual_cnn.settings.model import ModelSettings
 from tests.conftest import wake_up
@@ -121,3 +123,36 @@ def test_a_model_without_bottlenecks_is_refused_with_what_works():
         fit_to_clips(model, ClipSettings())
     assert "clip.shift_div=null" in refused.value.fix
     fit_to_clips(model, ClipSettings(shift_div=None))
+
+
+@pytest.mark.parametrize("name", ["resnet50", "contextual_resnet50"])
+def test_partial_bn_trains_the_first_batch_norm_alone(name):
+    """All others normalise as in evaluation, and nothing of theirs moves."""
+    plain, partial = resnet(name, ClipSettings(frames=FRAMES)), resnet(name)
+    partial.load_state_dict(plain.state_dict())
+    fit_to_clips(partial, ClipSettings(frames=FRAMES, partial_bn=True))
+    x = torch.randn(2 * FRAMES, 3, 64, 64)
+    assert_close(logits_of(partial.eval(), x), logits_of(plain.eval(), x))
+    norms = [module for module in partial.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert [isinstance(norm, FrozenBatchNorm2d) for norm in norms] == [False] + [True] * (len(norms) - 1)
+    before = {key: value.clone() for key, value in partial.state_dict().items()}
+    partial.train()
+    logits_of(partial, x).sum().backward()
+    moved = {key for key, value in partial.state_dict().items() if not torch.equal(value, before[key])}
+    assert {key.rpartition(".")[0] for key in moved if "projection" not in key} == {"bn1"}
+    assert norms[0].weight.grad is not None
+    assert all(norm.weight.grad is None and not norm.weight.requires_grad for norm in norms[1:])
+    assert list(partial.state_dict()) == list(plain.state_dict())
+
+
+def logits_of(model, x):
+    return StagedScores.of(model(x)).logits[-1]
+
+
+def test_the_loop_leaves_frozen_batch_norms_alone():
+    model = resnet(clip=ClipSettings(frames=FRAMES, partial_bn=True))
+    plan = BatchPlan.make(images=16, global_batch=8, micro_batch=8, world_size=1)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d)]
+    frozen = [norm for norm in norms if isinstance(norm, FrozenBatchNorm2d)]
+    assert len(BatchNorms(model, plan, NormPlan(8, 1, 1))) == len(norms) - len(frozen)
+    assert all(type(norm) is FrozenBatchNorm2d for norm in frozen)

@@ -153,9 +153,14 @@ def _gathered(mine: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def _is_batch_norm(module: nn.Module) -> bool:
-    """One that keeps running statistics, of torch or of timm."""
+    """One that keeps running statistics up to date, of torch or of timm."""
     is_known = isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
-    return is_known and module.running_mean is not None and module.momentum is not None
+    return (
+        is_known
+        and not getattr(module, "is_frozen", False)
+        and module.running_mean is not None
+        and module.momentum is not None
+    )
 
 
 def _grouped(norm: nn.Module, groups: NormPlan) -> _GroupedNorm:

@@ -9,6 +9,7 @@ Shapes: B clips, T frames, C channels, H W map; the model sees (B T, C, H, W), t
 import torch
 from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
+from torch.nn.functional import batch_norm
 
 from contextual_cnn.errors import UserError
 from contextual_cnn.models.contextual_model import ContextualModel
@@ -33,6 +34,26 @@ def fit_to_clips(model: nn.Module, clip: ClipSettings) -> None:
         model.frames = clip.frames
     if clip.shift_div is not None:
         shift_in_time(model, clip.frames, clip.shift_div)
+    if clip.partial_bn:
+        freeze_batch_norms(model)
+
+
+class FrozenBatchNorm2d(nn.BatchNorm2d):
+    """Normalises by its running statistics, in training too, and learns nothing."""
+
+    is_frozen = True  # for the training loop, which has ways of its own with batch norms
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same shape."""
+        return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+def freeze_batch_norms(model: nn.Module) -> None:
+    """All of maps but the first one, in place: names, weights and statistics stay."""
+    _, *others = [module for module in model.modules() if type(module) is nn.BatchNorm2d]
+    for norm in others:
+        norm.__class__ = FrozenBatchNorm2d
+        norm.requires_grad_(False)
 
 
 def temporal_shift(x: Tensor, frames: int, shift_div: int) -> Tensor:

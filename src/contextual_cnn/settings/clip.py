@@ -24,6 +24,8 @@ class ClipSettings:
         along the longer side at full resolution.
     scales: of a training crop's sides, as shares of the shorter side.
     hflip: the share of the training clips that are mirrored.
+    partial_bn: trains the first batch norm alone; all others keep the statistics, scales and shifts that model.weights
+        brought (temporal segment networks).
     """
 
     frames: int = 8
@@ -34,6 +36,7 @@ class ClipSettings:
     crops: int = may_change(1)
     scales: Sequence[float] = (1.0, 0.875, 0.75, 0.66)
     hflip: float = 0.5
+    partial_bn: bool = False
 
     def __post_init__(self) -> None:
         for key in ("frames", "stride", "clips"):

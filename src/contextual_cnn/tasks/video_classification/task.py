@@ -7,6 +7,7 @@ from torch import nn
 from contextual_cnn.contracts import Batch
 from contextual_cnn.data.video.video_data import VideoData
 from contextual_cnn.distributed import World
+from contextual_cnn.errors import UserError
 from contextual_cnn.models import build_model
 from contextual_cnn.models.temporal_shift import fit_to_clips
 from contextual_cnn.task import Call, Measure, Outcome, Position
@@ -45,7 +46,16 @@ class VideoClassification(Classification):
     data: VideoData
 
     def build_model(self) -> nn.Module:
-        """On the CPU."""
+        """On the CPU.
+
+        Raises:
+            UserError: batch norms that are to keep what no weights bring.
+        """
+        if self.settings.clip.partial_bn and self.settings.model.weights is None:
+            raise UserError(
+                "clip.partial_bn=true keeps the batch norms of model.weights, and there are none",
+                "model.weights=FILE, or clip.partial_bn=false",
+            )
         model = build_model(self.settings.model)
         fit_to_clips(model, self.settings.clip)
         return model
