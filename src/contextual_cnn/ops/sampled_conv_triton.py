@@ -42,16 +42,16 @@ class Blocks:
     positions: int = 16
     channels: int = 64
     chunks: int = 3
-    warps: int = 2
+    warps: int = 4
     pixels: int = 64
     points: int = 32
     stages: int = 3
 
 
 # The fastest of those that scripts/dev/tune_kernels.py tried on an H100 (docs/kernels.md)
-FORWARD = Blocks(positions=8)
-WEIGHT_OFFSET = Blocks()
-INPUT = Blocks(warps=4)
+FORWARD = Blocks()
+WEIGHT_OFFSET = Blocks(warps=2)
+INPUT = Blocks()
 # Of float32 maps: a number takes a register, and a matrix of hats as many as there are for one chunk
 WEIGHT_OFFSET_EXACT = replace(WEIGHT_OFFSET, warps=4)
 INPUT_EXACT = replace(INPUT, chunks=1)
@@ -68,13 +68,20 @@ def _regular_points(p: tl.tensor, out_width: tl.tensor, stride: tl.tensor, paddi
 
 
 @triton.jit
+def _regular_taps(
+    row: tl.tensor, column: tl.tensor, k: tl.tensor, dilation: tl.tensor, KW: tl.constexpr
+) -> tl.tuple:  # fmt: skip
+    """From the first tap to tap k, without offsets."""
+    return row + (k // KW * dilation).to(tl.float32), column + (k % KW * dilation).to(tl.float32)
+
+
+@triton.jit
 def _tap_points(
     row: tl.tensor, column: tl.tensor, offset: tl.tensor | None, p: tl.tensor, length: tl.tensor,
     k: tl.tensor, dilation: tl.tensor, KW: tl.constexpr,
 ) -> tl.tuple:  # fmt: skip
     """Row and column at which tap k samples for the positions p; offset: (K, 2, length), one sample's."""
-    row += (k // KW * dilation).to(tl.float32)
-    column += (k % KW * dilation).to(tl.float32)
+    row, column = _regular_taps(row, column, k, dilation, KW)
     if offset is not None:
         row += tl.load(offset + 2 * k * length + p)
         column += tl.load(offset + (2 * k + 1) * length + p)
@@ -130,22 +137,27 @@ def _zeros(CHUNKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr) -> t
 @triton.jit
 def _forward_kernel(
     x: tl.tensor, w: tl.tensor, offset: tl.tensor | None, mask: tl.tensor | None, y: tl.tensor,
-    H: tl.tensor, W: tl.tensor, C: tl.tensor, P: tl.tensor, length: tl.tensor, out_width: tl.tensor,
+    H: tl.tensor, W: tl.tensor, C: tl.tensor, P: tl.tensor, out_width: tl.tensor,
     stride: tl.tensor, padding: tl.tensor, dilation: tl.tensor,
     K: tl.constexpr, KW: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ) -> None:  # fmt: skip
+    """Offsets and mask as they come, (P, K, 2) and (P, K) of a sample: the next taps' are in the same line of memory."""
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     first = tl.program_id(1) * CHUNKS * BLOCK_C + tl.arange(0, BLOCK_C)
     b = tl.program_id(2).to(tl.int64)
     x, w, y = x + b * H * W * C, w + b * K * C, y + b * P * C
-    offset = offset + b * K * 2 * length if offset is not None else None
-    mask = mask + b * K * length if mask is not None else None
+    offset = offset + b * P * K * 2 if offset is not None else None
+    mask = mask + b * P * K if mask is not None else None
     first_row, first_column = _regular_points(p, out_width, stride, padding)
     totals = _zeros(CHUNKS, BLOCK_P, BLOCK_C)
     for k in range(K):
-        row, column = _tap_points(first_row, first_column, offset, p, length, k, dilation, KW)
-        amount = tl.load(mask + k * length + p) if mask is not None else 1.0
+        row, column = _regular_taps(first_row, first_column, k, dilation, KW)
+        entry = p * K + k
+        if offset is not None:
+            row += tl.load(offset + entry * 2, mask=p < P, other=0.0)
+            column += tl.load(offset + entry * 2 + 1, mask=p < P, other=0.0)
+        amount = tl.load(mask + entry, mask=p < P, other=0.0) if mask is not None else 1.0
         indices, _, weights, _, _ = _corners(row, column, amount, H, W)
         corners = _rows(x, indices, first, C)
         more: tl.tuple = ()
@@ -166,8 +178,8 @@ def _forward_kernel(
 def _weight_offset_kernel(
     gy: tl.tensor, x: tl.tensor, w: tl.tensor, offset: tl.tensor | None, mask: tl.tensor | None,
     gw: tl.tensor, goffset: tl.tensor | None, gmask: tl.tensor | None,
-    H: tl.tensor, W: tl.tensor, C: tl.tensor, P: tl.tensor, B: tl.tensor, length: tl.tensor, out_width: tl.tensor,
-    stride: tl.tensor, padding: tl.tensor, dilation: tl.tensor,
+    H: tl.tensor, W: tl.tensor, C: tl.tensor, P: tl.tensor, out_width: tl.tensor,
+    stride: tl.tensor, padding: tl.tensor, dilation: tl.tensor, B: tl.tensor, length: tl.tensor,
     K: tl.constexpr, KW: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -291,8 +303,8 @@ def _visit_kernel(
 def _input_kernel(
     gy: tl.tensor, w: tl.tensor, offset: tl.tensor | None, mask: tl.tensor | None,
     visits: tl.tensor, counts: tl.tensor, gx: tl.tensor,
-    H: tl.tensor, W: tl.tensor, C: tl.tensor, P: tl.tensor, length: tl.tensor, out_width: tl.tensor,
-    stride: tl.tensor, padding: tl.tensor, dilation: tl.tensor, spans: tl.tensor,
+    H: tl.tensor, W: tl.tensor, C: tl.tensor, P: tl.tensor, out_width: tl.tensor,
+    stride: tl.tensor, padding: tl.tensor, dilation: tl.tensor, length: tl.tensor, spans: tl.tensor,
     K: tl.constexpr, KW: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -338,12 +350,11 @@ def forward(x: Tensor, weight: Tensor, offset: Tensor | None, mask: Tensor | Non
     g = _Geometry(x, weight, offset, mask, geometry)
     y = x.new_empty(g.batch, *g.out, g.channels)
     groups, constants = g.channel_groups(FORWARD)
+    inside = pixels(x, x.dtype), taps(weight, torch.float32), *_exact(offset, mask)
     with torch.cuda.device_of(x):  # Triton launches on the current device, wherever the tensors are
-        points = _arranged(offset, mask, g)
         _forward_kernel[(triton.cdiv(g.positions, FORWARD.positions), groups, g.batch)](
-            pixels(x, x.dtype), taps(weight, torch.float32), points.offset, points.mask, y, *g.sizes, **constants,
-            BLOCK_P=FORWARD.positions, num_warps=FORWARD.warps,
-        )  # fmt: skip
+            *inside, y, *g.sizes, **constants, BLOCK_P=FORWARD.positions, num_warps=FORWARD.warps
+        )
     return y.permute(0, 3, 1, 2)
 
 
@@ -382,7 +393,7 @@ def _weight_offset_gradients(
     goffset = gw.new_empty(*parts, 2) if points.offset is not None else None
     gmask = gw.new_empty(parts) if points.mask is not None else None
     _weight_offset_kernel[(g.kernel, groups, g.batch)](
-        gy, x, w, points.offset, points.mask, gw, goffset, gmask, *g.sizes[:4], g.batch, *g.sizes[4:], **constants,
+        gy, x, w, points.offset, points.mask, gw, goffset, gmask, *g.sizes, g.batch, g.length, **constants,
         BLOCK_P=block.positions, num_warps=block.warps,
     )  # fmt: skip
     return gw, goffset, gmask
@@ -400,7 +411,7 @@ def _input_gradient(g: "_Geometry", gy: Tensor, x: Tensor, w: Tensor, points: "_
     )  # fmt: skip
     groups, constants = g.channel_groups(block)
     _input_kernel[(count, groups, g.batch)](
-        gy, w, points.offset, points.mask, visits, counts, gx, *g.sizes, g.spans, **constants,
+        gy, w, points.offset, points.mask, visits, counts, gx, *g.sizes, g.length, g.spans, **constants,
         BLOCK_Q=block.pixels, BLOCK_P=block.points, num_warps=block.warps, num_stages=block.stages,
     )  # fmt: skip
     return gx
@@ -420,7 +431,7 @@ class _Geometry:
         self.kernel, self.kernel_width = weight.shape[2] * weight.shape[3], weight.shape[3]
         self.length = self.spans * INPUT.points
         self.geometry = tuple(geometry)
-        self.sizes = (height, width, self.channels, self.positions, self.length, self.out[1], *geometry)
+        self.sizes = (height, width, self.channels, self.positions, self.out[1], *geometry)
 
     def channel_groups(self, block: Blocks) -> tuple[int, dict]:
         """How many programs share the channels, and the constants that follow."""
@@ -434,6 +445,11 @@ class _Geometry:
             "BLOCK_C": block.channels,
         }
         return triton.cdiv(blocks, chunks), constants
+
+
+def _exact(*maps: Tensor | None) -> list[Tensor | None]:
+    """(B, maps, Ho, Wo) -> (B, Ho, Wo, maps) float32, of what is there."""
+    return [pixels(t, torch.float32) if t is not None else None for t in maps]
 
 
 class _Points(NamedTuple):
@@ -453,14 +469,13 @@ def _arranged(offset: Tensor | None, mask: Tensor | None, g: _Geometry) -> _Poin
     def empty(*shape: int) -> Tensor:
         return torch.empty(g.batch, *shape, device=g.device, dtype=torch.float32)
 
-    given = [pixels(t, torch.float32) if t is not None else None for t in (offset, mask)]
     points = _Points(
         empty(g.kernel, 2, g.length) if offset is not None else None,
         empty(g.kernel, g.length) if mask is not None else None,
         empty(2, g.kernel, g.spans),
     )
     _arrange_kernel[(g.spans, g.batch)](
-        *given, *points, g.positions, g.length, g.spans, g.out[1], *g.geometry,
+        *_exact(offset, mask), *points, g.positions, g.length, g.spans, g.out[1], *g.geometry,
         K=g.kernel, KW=g.kernel_width, BLOCK_K=triton.next_power_of_2(g.kernel), BLOCK_P=INPUT.points, num_warps=8,
     )  # fmt: skip
     return points
