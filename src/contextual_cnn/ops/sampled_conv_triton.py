@@ -142,7 +142,7 @@ def _forward_kernel(
     K: tl.constexpr, KW: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Offsets and mask as they come, (P, K, 2) and (P, K) of a sample: the next taps' are in the same line of memory."""
+    """Offsets and mask as they come, (P, K, 2) and (P, K) of a sample: the next taps' are close by in memory."""
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     first = tl.program_id(1) * CHUNKS * BLOCK_C + tl.arange(0, BLOCK_C)
     b = tl.program_id(2).to(tl.int64)
