@@ -1,12 +1,15 @@
 """The sampled convolution on a GPU, in Triton: no buffer of sampled taps, no atomics, hence the same bits every time.
 
-Three kernels, all with channels innermost (channels_last):
+Three kernels do the work, all with channels innermost (channels_last):
 
 * forward: a block of positions walks through the taps, four gathered pixels each;
 * gradients of weights, offsets and mask: a tap walks through the positions;
 * gradient of x: a block of pixels collects from all sampling points near it. Bilinear interpolation is a product of
   two hats, max(0, 1 - |distance|), so what the points of a tap give to the pixels is a matrix of hats times the
-  upstream gradient: work for the tensor cores. Blocks of points whose rows cannot reach the pixels are skipped.
+  upstream gradient: work for the tensor cores. Blocks of points whose rows cannot reach the pixels are left out.
+
+Two more come first in the backward pass: offsets and masks are turned tap by tap, and for each block of pixels the
+blocks of points that it needs are listed, so that the loop over them can load ahead.
 
 Where a tap samples is the same for all channels, and working it out costs more than a channel's arithmetic. So a
 program serves several chunks of channels with one set of positions; a tuple holds a chunk's sum each.
