@@ -51,7 +51,7 @@ class Blocks:
     stages: int = 3
 
 
-# The fastest of those that scripts/dev/tune_kernels.py tried on an H100 (docs/kernels.md)
+# By scripts/dev/tune_kernels.py on an H100 (docs/kernels.md); FORWARD has been timed with these alone
 FORWARD = Blocks()
 WEIGHT_OFFSET = Blocks(warps=2)
 INPUT = Blocks()
