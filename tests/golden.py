@@ -1,6 +1,8 @@
 """Twenty losses of three small runs, which a refactoring must not move: python -m tests.golden records them anew.
 
-Record them only with a change that is meant to move them, and say so in the commit.
+Record them only with a change that is meant to move them, and say so in the commit. --add keeps what is recorded, and
+adds this machine: on some processors a rounding puts another class on a shortlist, which moves what follows by a per
+cent (step 18 of the third run). Add one only with code that has passed on a machine that is recorded.
 """
 
 import hashlib
@@ -50,7 +52,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         images = write_class_folders(Path(folder) / "images", load_sample_images().images)
         found = {name: losses(name, images, Path(folder) / str(i)) for i, name in enumerate(RUNS)}
-    FILE.write_text(json.dumps({"machine": machine(), "losses": found}, indent=1) + "\n")
+    recorded = {"machine": machine(), "losses": found, "others": {}}
+    if "--add" in sys.argv[1:]:
+        recorded = json.loads(FILE.read_text())
+        recorded.setdefault("others", {})[machine()] = found
+    FILE.write_text(json.dumps(recorded, indent=1) + "\n")
 
 
 if __name__ == "__main__":

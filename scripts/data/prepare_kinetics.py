@@ -6,14 +6,15 @@ LISTS is the folder with train.csv and val.csv (or validate.csv), with the colum
 time_end. VIDEOS is a folder of clips with any subfolders; a clip is found by its name, ID_START_END as in
 0wR5jVB-WPk_000417_000427.mp4, or ID alone. Each is transcoded once, to ROOT/SPLIT/LABEL/ID_START_END.mov: MJPEG of a
 shorter side of 256 pixels, so that a training decodes no frame that it does not use. What is missing, or cannot be
-used, is in ROOT/left_out.csv with the reason. The same command goes on after an interruption, and adds clips that
-have come since; no file is ever visible half written.
+used, is in ROOT/left_out.csv with the reason. After an interruption the same command continues, and adds clips that
+have come since. No file is ever visible half written.
 """
 
 import argparse
 import csv
 import functools
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,13 +26,13 @@ from contextual_cnn.data.video.decode import UnusableVideo, import_av
 from contextual_cnn.data.video.transcode import transcode
 from contextual_cnn.errors import UserError, run_script
 from contextual_cnn.runs.csv_file import write_csv
-from contextual_cnn.runs.own_files import replaced
 from contextual_cnn.text import printable
 
 LISTS = {"train": ("train.csv",), "val": ("val.csv", "validate.csv")}
 COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # of a YouTube id: it becomes a part of a path
 MISSING = "not there"
+UNFINISHED = ".unfinished"  # a folder of ROOT
 
 
 class Clip(NamedTuple):
@@ -62,6 +63,7 @@ def main() -> None:
     parts = [(clip, path) for clip, path in found.items() if path is not None]
     with process_pool(arguments.workers) as pool:
         reasons = run_parts(pool, functools.partial(write_clip, arguments), parts, title="videos")
+    shutil.rmtree(arguments.root / UNFINISHED, ignore_errors=True)
     left_out = {clip: MISSING for clip, path in found.items() if path is None}
     left_out |= {clip: reason for (clip, _), reason in zip(parts, reasons, strict=True) if reason is not None}
     write_csv(arguments.root / "left_out.csv", rows(left_out, found))
@@ -127,7 +129,7 @@ def _clip(split: str, row: Mapping[str, str]) -> Clip:
 def videos_below(folder: Path) -> dict[str, Path]:
     """By name without extension."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder", "give the folder with the clips")
+        raise UserError(f"{folder} is not a folder", "give the folder with the clips")
     paths = (path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_FILES.extensions)
     return {path.stem: path for path in sorted(paths) if path.is_file()}
 
@@ -138,10 +140,13 @@ def write_clip(arguments: argparse.Namespace, part: tuple[Clip, Path]) -> str | 
     target = arguments.root / clip.split / clip.folder / f"{clip.name}.mov"
     if target.exists():
         return None
-    target.parent.mkdir(parents=True, exist_ok=True)
+    # Outside of the class's folder: a file that a killed process left there would be taken for a video
+    new = arguments.root / UNFINISHED / f"{clip.split}_{clip.name}.mov"
+    for file in (target, new):
+        file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with replaced(target) as new:
-            transcode(path.read_bytes(), new, arguments.short_side, arguments.quality)
+        transcode(path.read_bytes(), new, arguments.short_side, arguments.quality)
+        new.replace(target)
     except UnusableVideo as error:
         return str(error)
     return None

@@ -101,7 +101,7 @@ def test_an_evaluation_counts_every_video_once_by_several_views(straight):
 
 
 def test_a_video_is_named_with_its_frames_and_shortlists(straight, digits, tmp_path):
-    """A picture, an animation of the clip, and a table of a folder, in which a file is no video."""
+    """A picture, an animation of the clip, and a table of a folder, in which a file is not a video."""
     clips = sorted((digits / "val" / "left").iterdir())
     predict = ("scripts/model/predict.py", "--checkpoint", str(straight / "run"), "--device", "cpu")
     done = run_command(*predict, str(clips[0]), "--output", str(tmp_path / "clip.png"))

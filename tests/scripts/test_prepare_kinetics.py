@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from contextual_cnn.data.video.decode import read_frames
+from scripts.data import prepare_kinetics
 from tests.conftest import run_command
 from tests.data.video.clips import grey_frames, numbers, write_video
 
@@ -18,7 +19,7 @@ ROWS = {
 
 @pytest.fixture
 def kinetics(tmp_path):
-    """Lists and clips: two by their full names, one by its id, one that is no video."""
+    """Lists and clips: two by their full names, one by its id, one that is not a video."""
     lists, videos = tmp_path / "lists", tmp_path / "videos"
     (videos / "any" / "folder").mkdir(parents=True)
     lists.mkdir()
@@ -69,6 +70,25 @@ def test_the_same_command_goes_on_and_adds_what_has_come(kinetics, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in first} == first
 
 
+def test_a_killed_process_leaves_nothing_that_looks_like_a_video(kinetics, tmp_path, monkeypatch):
+    """Training reads every video that is in a class's folder."""
+
+    def killed(encoded, output, short_side, quality):
+        output.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    root = tmp_path / "root"
+    monkeypatch.setattr(prepare_kinetics, "transcode", killed)
+    monkeypatch.setattr("sys.argv", [SCRIPT, *map(str, (*kinetics, root)), "--workers", "1"])
+    with pytest.raises(KeyboardInterrupt):
+        prepare_kinetics.main()
+    assert [path.relative_to(root).parts[0] for path in root.rglob("*.mov")] == [".unfinished"]
+    monkeypatch.undo()
+    assert prepared(kinetics, root).returncode == 0
+    assert not (root / ".unfinished").exists()
+    assert len(list(root.rglob("*.mov"))) == 2
+
+
 @pytest.mark.run
 @pytest.mark.parametrize(
     ("row", "cause"),
@@ -94,7 +114,7 @@ def test_lists_or_clips_that_are_not_there_are_explained(kinetics, tmp_path):
     (tmp_path / "empty").mkdir()
     for given, cause in (
         ((tmp_path / "empty", videos), "has no train.csv"),
-        ((lists, tmp_path / "nowhere"), "is no folder"),
+        ((lists, tmp_path / "nowhere"), "is not a folder"),
         ((lists, tmp_path / "empty"), "none of the 4 clips"),
     ):
         done = prepared(given, tmp_path / "root")

@@ -54,7 +54,7 @@ def _row(
     tensor: tl.tensor, row: tl.tensor, here: tl.tensor, c: tl.tensor,
     H: tl.tensor, W: tl.tensor, C: tl.tensor, WHOLE: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """A row of the map, as float32, zero outside of it. WHOLE: there are no channels beyond C to leave out."""
+    """A row of the map, as float32, zero outside of it. WHOLE: every channel of the block exists."""
     mask = (here & (row >= 0) & (row < H))[:, None]
     mask = mask if WHOLE else mask & (c < C)[None, :]
     return tl.load(tensor + row * W * C, mask=mask, other=0.0).to(tl.float32)
