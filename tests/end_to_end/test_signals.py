@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,8 @@ def test_signals_at_random_moments_of_the_start(image_root, tmp_path):
         started = Command(*smallest_run(image_root, stopped), output=stopped / "output")
         started.wait_until(lambda process=started.process: listens(process.pid))
         started.process.join(draw.uniform(0, 1.5))
-        started.send(draw.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)))
+        with suppress(ProcessLookupError):  # on a fast machine it has ended by itself, with status 0
+            started.send(draw.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)))
         status = started.wait(SOON)
         assert status in (75, 0), started.printed
         assert "Traceback" not in started.printed
