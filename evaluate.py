@@ -24,11 +24,12 @@ from contextual_cnn.runs.checkpoint_files import find_checkpoint, has_checkpoint
 from contextual_cnn.runs.own_files import check_writable
 from contextual_cnn.schema import Group, schema_of
 from contextual_cnn.settings.clip import ClipSettings
+from contextual_cnn.settings.coco import CocoSettings
 from contextual_cnn.settings.data import DataSettings
-from contextual_cnn.settings.evaluation import CLIP_KEYS, DATA_KEYS, EvaluationSettings
+from contextual_cnn.settings.evaluation import CLIP_KEYS, DATA_KEYS, SCENE_KEYS, EvaluationSettings
 
 SCHEMA = schema_of(EvaluationSettings) | {
-    "data": Group(DataSettings, DATA_KEYS),
+    "data": Group(DataSettings, DATA_KEYS).beside(CocoSettings, SCENE_KEYS),
     "clip": Group(ClipSettings, CLIP_KEYS),
 }
 

@@ -15,17 +15,21 @@ from contextual_cnn.data.image_data import ImageData
 from contextual_cnn.errors import UserError
 from contextual_cnn.losses import StagedCrossEntropy
 from contextual_cnn.models import build_model
+from contextual_cnn.models.detector import build_detector
 from contextual_cnn.optim import build_optimizer, build_schedule
 from contextual_cnn.runs.checkpoint_store import CheckpointStore
 from contextual_cnn.schema import check_config
 from contextual_cnn.settings.augment import AugmentSettings
 from contextual_cnn.settings.checkpoint import CheckpointSettings
 from contextual_cnn.settings.clip import ClipSettings
+from contextual_cnn.settings.coco import CocoSettings
 from contextual_cnn.settings.data import DataSettings
+from contextual_cnn.settings.detector import DetectorSettings
 from contextual_cnn.settings.logger import LoggerSettings
 from contextual_cnn.settings.loss import LossSettings
 from contextual_cnn.settings.model import ModelSettings
 from contextual_cnn.settings.optimizer import OptimizerSettings
+from contextual_cnn.settings.scale_augment import ScaleAugmentSettings
 from contextual_cnn.settings.schedule import ScheduleSettings
 from contextual_cnn.settings.trainer import TrainerSettings
 from tests.helpers.commands import CONF, SCHEMAS, composed, refused
@@ -42,8 +46,15 @@ OPTIONS = [
 ]
 
 
+# Choices of groups that images have too
+OF_SCENES = {
+    ("data", "coco"), ("data", "digit_scenes"), ("data", "pennfudan"),
+    ("augment", "multiscale"), ("augment", "fixed_scale"), ("augment", "large_scale_jitter"),
+}  # fmt: skip
+
+
 def test_every_group_has_options():
-    assert {group for group, _ in OPTIONS} == {*GROUPS, "clip", "task", "experiment"}
+    assert {group for group, _ in OPTIONS} == {*GROUPS, "clip", "detector", "task", "experiment"}
     assert len(OPTIONS) >= 20
 
 
@@ -53,7 +64,12 @@ def test_every_yaml_composes_and_builds(group, name):
     extra = ["model.name=resnet18"] if name == "timm" else []
     if group == "clip":
         extra = ["task=video_classification"]
+    if group == "detector" or (group, name) in OF_SCENES:
+        extra = ["task=instance_segmentation"]
     config = composed(f"{group}={name}", *extra)
+    if config["task"] == "instance_segmentation":
+        build_a_detector(config)
+        return
     if config["task"] == "image_classification":
         AugmentSettings(**config["augment"])
     else:
@@ -67,6 +83,18 @@ def test_every_yaml_composes_and_builds(group, name):
     assert StagedScores.of(model(torch.zeros(2, 3, 32, 32))).logits[-1].shape == (2, 10)
     if group == "experiment":
         train_two_steps(model, StagedCrossEntropy(LossSettings(**config["loss"])), optimizer, schedule)
+
+
+def build_a_detector(config):
+    """Of the size that it is configured with, but for a backbone with narrow maps."""
+    for record, key in ((CocoSettings, "data"), (ScaleAugmentSettings, "augment"), (TrainerSettings, "trainer")):
+        record(**config[key])
+    narrow = {"num_classes": 10, "timm_options": {"dims": [8, 8, 8, 8]}}
+    model = build_detector(ModelSettings(**config["model"] | narrow), DetectorSettings(**config["detector"]), 5)
+    optimizer = build_optimizer(model, OptimizerSettings(**config["optimizer"]), 16)
+    schedule = build_schedule(optimizer, ScheduleSettings(**config["schedule"]), 7330)
+    schedule.step_update(600)
+    assert all(group["lr"] > 0 for group in optimizer.param_groups)
 
 
 def train_two_steps(model, loss, optimizer, schedule):
@@ -109,7 +137,7 @@ def test_the_default_is_the_papers_recipe():
     assert config["schedule"]["warmup_epochs"] == 20
     optimizer = dict(name="adamw", lr=1e-3, weight_decay=0.05, betas=[0.9, 0.999], eps=1e-8, momentum=None)
     assert config["optimizer"] == optimizer | dict(
-        lr_scaling="none", lr_base_size=4096, bias_lr=None, classifier_lr=None, generator_lr=None
+        lr_scaling="none", lr_base_size=4096, bias_lr=None, classifier_lr=None, generator_lr=None, layer_decay=None
     )
     assert config["schedule"]["name"] == "cosine"
     assert config["loss"]["alpha"] == 0.15
@@ -128,6 +156,14 @@ def test_the_plain_twin_is_one_override_away(size):
     assert differing == {"model", "run_name"}
     shared = {key: value for key, value in contextual["model"].items() if key in plain["model"] and key != "name"}
     assert shared == {key: value for key, value in plain["model"].items() if key != "name"}
+
+
+@pytest.mark.parametrize("size", ["t", "s", "b"])
+def test_the_plain_twin_of_a_detector_differs_in_the_backbone_alone(size):
+    contextual, plain = composed(f"experiment=table3_{size}"), composed(f"experiment=table3_convnext_{size}")
+    assert {key for key in contextual if contextual[key] != plain[key]} == {"model", "run_name"}
+    assert plain["model"]["name"] == contextual["model"]["name"].removeprefix("contextual_")
+    assert plain["model"]["drop_path_rate"] == contextual["model"]["drop_path_rate"] >= 0.4
 
 
 MISTAKES = [

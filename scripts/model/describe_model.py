@@ -1,6 +1,7 @@
 """Prints parameters and multiply-adds of contextual models, plain twins and peers beside the published figures.
 
 python scripts/model/describe_model.py [--json] [--image-size 224] [--num-classes 1000] [--frames 8]
+python scripts/model/describe_model.py --detector [--json]             Mask R-CNN on each, at 1280 x 800 pixels
 python scripts/model/describe_model.py "contextual_*" "convnext_*"     lists what model.name may be
 """
 
@@ -12,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from contextual_cnn.analysis.comparison import FAMILIES, describe_family
+from contextual_cnn.analysis.comparison import FAMILIES, describe_detectors, describe_family
 from contextual_cnn.errors import UserError, run_script
 
 RELEASED = {"contextual_convnext_tiny": "33.95 M parameters"}
@@ -25,9 +26,13 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--num-classes", type=int, default=1000)
     parser.add_argument("--frames", type=int, default=1, help="of a clip: ResNet-50, and multiply-adds of all frames")
+    parser.add_argument("--detector", action="store_true", help="Mask R-CNN of 80 classes at 1280 x 800 pixels")
     arguments = parser.parse_args()
     if arguments.patterns:
         list_models(arguments.patterns)
+        return
+    if arguments.detector:
+        show_detectors(arguments.json)
         return
     twins = FAMILIES if arguments.frames == 1 else ["resnet50"]
     size = (arguments.image_size, arguments.num_classes, arguments.frames)
@@ -36,6 +41,20 @@ def main() -> None:
         print(json.dumps(rows, indent=2))
     else:
         Console(width=150).print(table(rows, arguments.image_size, arguments.frames))
+
+
+def show_detectors(as_json: bool) -> None:
+    rows = [row for twin in FAMILIES for row in describe_detectors(twin)]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    result = Table(title="Mask R-CNN, multiply-adds for an image of 1280 x 800")
+    for column in ("backbone", "parameters", "GMACs", "vs twin"):
+        result.add_column(column, justify="left" if column == "backbone" else "right")
+    for row in rows:
+        numbers = (f"{row['parameters'] / 1e6:.2f} M", f"{row['macs'] / 1e9:.1f}", f"{row['vs_twin'] - 1:+.1%}")
+        result.add_row(row["model"], *numbers, end_section=row["model"].startswith("contextual"))
+    Console(width=100).print(result)
 
 
 def list_models(patterns: list[str]) -> None:

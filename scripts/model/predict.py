@@ -2,9 +2,11 @@
 
 python scripts/model/predict.py IMAGE_OR_FOLDER --checkpoint outputs/NAME [--output FILE]
 python scripts/model/predict.py VIDEO_OR_FOLDER --checkpoint outputs/NAME_OF_A_RUN_OF_VIDEOS [--output FILE.gif]
+python scripts/model/predict.py IMAGE_OR_FOLDER --checkpoint outputs/NAME_OF_A_DETECTOR [--score 0.5]
 
 A file gives a table and a picture, of a video with all frames of the clip (FILE.gif shows them in turns); a folder,
-searched with its subfolders, a CSV with a row per file. Files that cannot be read are named and skipped, and the
+searched with its subfolders, a CSV with a row per file. A detector draws boxes and masks, of a folder it writes JSON.
+Files that cannot be read are named and skipped, and the
 script then ends with status 1.
 """
 
@@ -26,20 +28,30 @@ from contextual_cnn.data.video.decode import UnusableVideo
 from contextual_cnn.errors import UserError, run_script
 from contextual_cnn.runs.csv_file import write_csv
 from contextual_cnn.text import printable
-from contextual_cnn.trained import describe_classes
+from contextual_cnn.trained import describe_classes, read_trained
 
 TOP = 5
 
 
 def main() -> None:
     arguments = parse_arguments()
+    path, state, task = read_trained(arguments.checkpoint)
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best if arguments.device == "auto" else arguments.device
+    if task == "instance_segmentation":
+        # Here: a detector's packages, which others need not have
+        from predict_scenes import predict_scenes
+
+        from contextual_cnn.tasks.instance_segmentation.restore import restore_detector
+
+        trained = restore_detector(path, state, arguments.weights)
+        predict_scenes(trained, arguments.files, device, arguments.score, arguments.output)
     subject = subject_of(arguments.checkpoint, arguments.weights)
     paths = files_below(arguments.files, subject)
     animated = arguments.output is not None and arguments.output.suffix.lower() == ".gif"
     if animated and not (isinstance(subject, Videos) and arguments.files.is_file()):
         raise UserError(f"{arguments.output}: only a video becomes an animation", "--output FILE.png, or FILE.csv")
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    subject.given.model.to(best if arguments.device == "auto" else arguments.device)
+    subject.given.model.to(device)
     unreadable: list[Path] = []
     predictions = list(predict(subject, paths, arguments.batch_size, unreadable))
     classes = subject.given.classes
@@ -68,6 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--weights", choices=["auto", "raw", "ema"], default="auto")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--score", type=float, default=0.5, help="of a detector: what is less certain is not shown")
     arguments = parser.parse_args()
     if arguments.batch_size < 1:
         parser.error(f"--batch-size must be 1 or more, got {arguments.batch_size}")

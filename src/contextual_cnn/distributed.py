@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -169,6 +170,15 @@ def gather_numbers(numbers: Sequence[int]) -> list[list[int]]:
     everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyones, mine)
     return [theirs.tolist() for theirs in everyones]
+
+
+def gather_on_main(value: Any) -> list[Any] | None:
+    """Every rank's value, by rank, on rank 0; None on the others. The values cross as pickles of this run's own."""
+    if not dist.is_initialized():
+        return [value]
+    everyones = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, everyones)
+    return everyones
 
 
 def barrier() -> None:

@@ -35,6 +35,7 @@ class Purpose(IntEnum):
     DROP_PATH = 10
     CONTROL = 11
     CLIP = 12
+    SCENE = 13
 
 
 def generator(purpose: Purpose, *key: int) -> np.random.Generator:

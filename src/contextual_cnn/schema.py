@@ -33,6 +33,11 @@ class Group:
         if keys is not None:
             self.types, self.required = {key: self.types[key] | None for key in keys}, []
 
+    def beside(self, record: type, keys: Sequence[str]) -> "Group":
+        """The same group with keys of another record too, each of which may be null."""
+        self.types |= Group(record, keys).types
+        return self
+
 
 def schema_of(record: type) -> Schema:
     """The fields of a record of settings; those that are records themselves as groups."""

@@ -1,7 +1,7 @@
 """A trained model, read from a checkpoint: where evaluate.py and the scripts that use a trained model start from."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from contextual_cnn.runs.checkpoint_entries import choose_weights, require_entri
 from contextual_cnn.runs.checkpoint_files import find_checkpoint
 from contextual_cnn.schema import Group, check_config
 from contextual_cnn.settings.data import DataSettings
-from contextual_cnn.settings.keys import LATER_KEYS
+from contextual_cnn.settings.keys import LATER_KEYS, overridden
 from contextual_cnn.settings.model import ModelSettings
 
 _SCHEMA = {"model": Group(ModelSettings), "data": Group(DataSettings)}
@@ -142,7 +142,7 @@ def _evaluated_data(own: DataSettings, overrides: Mapping[str, Any]) -> DataSett
         real["loader"] = "dali"
     if own.layout == "synthetic" and "root" in overrides:
         real["layout"] = "auto"
-    return replace(own, **real | dict(overrides))
+    return overridden(own, "data", real | dict(overrides))
 
 
 def describe_classes(classes: tuple[str, ...]) -> dict[str, str]:

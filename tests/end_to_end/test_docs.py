@@ -109,6 +109,7 @@ YAML = "tests/test_config.py::test_every_yaml_composes_and_builds"
 D, G = "${D}_contextual_convnext_atto", "${G}_contextual_convnext_atto"
 
 # The test that runs it, or what keeps it from being run
+DETECTION = "tests/end_to_end/test_detection.py::test_an_evaluation_is_the_same_on_any_number_of_processes"
 VIDEO = "tests/end_to_end/test_video.py::test_an_evaluation_counts_every_video_once_by_several_views"
 
 ELSEWHERE = {
@@ -198,6 +199,23 @@ ELSEWHERE = {
     "python evaluate.py checkpoint=outputs/table2_kinetics clip.crops=10": VIDEO,
     "python evaluate.py checkpoint=outputs/table2_kinetics clip.sampling=dense clip.clips=10 clip.crops=3 "
     "data.eval_batch_size=1": VIDEO,
+    "pip install -e '.[detection,analysis]'": "installs",
+    "python scripts/data/prepare_digit_scenes.py data/digit_scenes": DETECTION,
+    "python train.py experiment=digit_scenes": DETECTION,
+    "python evaluate.py checkpoint=outputs/digit_scenes_contextual_convnext_atto": DETECTION,
+    "python scripts/model/predict.py data/digit_scenes/val/000005.png --checkpoint "
+    "outputs/digit_scenes_contextual_convnext_atto": (
+        "tests/end_to_end/test_detection.py::test_a_picture_is_drawn_with_what_is_in_it"
+    ),
+    "python scripts/data/prepare_pennfudan.py PennFudanPed data/pennfudan": (
+        "tests/end_to_end/test_detection.py::test_pedestrians_are_written_as_coco_has_them"
+    ),
+    "python train.py experiment=pennfudan model.weights=outputs/NAME": YAML,
+    "torchrun --nproc-per-node 8 train.py experiment=table3_t data.root=COCO model.weights=outputs/ctx_t": YAML,
+    "python evaluate.py checkpoint=outputs/table3_t predictions=detections.json per_class=classes.csv": DETECTION,
+    "python scripts/model/describe_model.py --detector": (
+        "tests/models/test_mask_rcnn.py::test_a_detector_costs_what_is_published"
+    ),
     # docs/figures.md tells how its own pictures were made
     "python scripts/data/prepare_glyphs.py data/glyphs": "draws 14,000 letters in the system's fonts",
     "python scripts/data/prepare_glyphs.py data/glyphs_dark --dark-ink --val 20": "the same",

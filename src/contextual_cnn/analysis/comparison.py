@@ -1,7 +1,9 @@
 """The rows of the paper's table 1: contextual models beside their plain twins and peers of their size from timm."""
 
-from contextual_cnn.analysis.cost import count_cost
+from contextual_cnn.analysis.cost import count_cost, count_detector_cost
 from contextual_cnn.models import build_model
+from contextual_cnn.models.detector import build_detector
+from contextual_cnn.settings.detector import DetectorSettings
 from contextual_cnn.settings.model import ModelSettings
 
 # Twin, peers of its size in the paper's table 1, and the top-1 that the paper's text gives for the contextual model
@@ -32,6 +34,15 @@ def describe_family(twin: str, image_size: int = 224, num_classes: int = 1000, f
         row["vs_twin_batch_of_1"] = (row["macs"] + row["per_batch"]) / rows[0]["macs"]
     rows[0]["paper_top1"], rows[-1]["paper_top1"] = TOP1.get(twin), top1
     return rows
+
+
+def describe_detectors(twin: str) -> list[dict]:
+    """Mask R-CNN of 80 classes on the plain twin and on the contextual model, at 1280 x 800 pixels."""
+    rows = []
+    for name in (twin, f"contextual_{twin}"):
+        model = build_detector(ModelSettings(name=name, num_classes=1000), DetectorSettings(), 80)
+        rows.append({"model": name, **count_detector_cost(model)._asdict()})
+    return [row | {"vs_twin": row["macs"] / rows[0]["macs"]} for row in rows]
 
 
 def _describe(name: str, image_size: int, num_classes: int) -> dict:

@@ -1,12 +1,17 @@
 """Parameters and multiply-adds of a model, counted by running it."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from contextual_cnn.models.contextual_conv import ContextualConv2d, DeformableConv2d
+from contextual_cnn.models.mask_rcnn import Detector
+
+_PROPOSALS, _DETECTIONS = 1000, 100  # of an image, as mmdetection counts
 
 
 class Cost(NamedTuple):
@@ -33,7 +38,29 @@ def count_cost(model: nn.Module, image_size: int = 224) -> Cost:
     return Cost(sum(p.numel() for p in model.parameters()), macs, 4 * samples, macs_of_one - macs)
 
 
+def count_detector_cost(model: Detector, height: int = 800, width: int = 1280) -> Cost:
+    """As papers count a detector: the body and the pyramid, and the heads for 1000 proposals and 100 detections.
+
+    Nothing is computed: tensors have sizes and no values.
+    """
+    heads, channels = cast(Any, model.roi_heads), cast(int, model.backbone.out_channels)
+
+    def detect() -> None:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            images = torch.zeros(1, 3, height, width)
+            model.rpn.head(list(model.backbone(images).values()))
+            heads.box_predictor(heads.box_head(images.new_zeros(_PROPOSALS, channels, 7, 7)))
+            heads.mask_predictor(heads.mask_head(images.new_zeros(_DETECTIONS, channels, 14, 14)))
+
+    macs, samples = _counted(model.eval(), detect)
+    return Cost(sum(p.numel() for p in model.parameters()), macs, 4 * samples, 0)
+
+
 def _run(model: nn.Module, batch_size: int, image_size: int) -> tuple[int, int]:
+    return _counted(model, lambda: model(torch.zeros(batch_size, 3, image_size, image_size)))
+
+
+def _counted(model: nn.Module, run: Callable[[], object]) -> tuple[int, int]:
     """Multiply-adds, and bilinear samples taken by convolutions with sampling offsets."""
     macs = samples = 0
 
@@ -49,7 +76,7 @@ def _run(model: nn.Module, batch_size: int, image_size: int) -> tuple[int, int]:
     handles = [module.register_forward_hook(count) for module in model.modules() if _samples_bilinearly(module)]
     counter = FlopCounterMode(display=False)
     with counter:  # gradients stay on: the counter hooks into the graph of parameters that are passed as inputs
-        model(torch.zeros(batch_size, 3, image_size, image_size))
+        run()
     for handle in handles:
         handle.remove()
     # The counter sees nothing of the sampled convolution itself, whichever its implementation

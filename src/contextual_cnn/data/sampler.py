@@ -37,6 +37,7 @@ class TrainSampler:
         first_step: where the sequence begins.
         repeats: how often an epoch shows an image.
         shards: how an epoch is shuffled where the images lie in shards; None shuffles it as a whole.
+        alike: which images are to follow one another, besides.
     """
 
     def __init__(
@@ -48,15 +49,16 @@ class TrainSampler:
         *,
         repeats: int = 1,
         shards: "ShardWindows | None" = None,
+        alike: "AlikeGroups | None" = None,
     ) -> None:
         self.plan, self.seed, self.rank, self.first_step = plan, seed, rank, first_step
-        self._repeats, self._shards = repeats, shards
+        self._repeats, self._shards, self._alike = repeats, shards, alike
         self._order = lru_cache(maxsize=2)(self._make_order)  # reading ahead looks into the next epoch
         self._batch = lru_cache(maxsize=4)(self._make_batch)  # asked for again for each of its images
 
     def __reduce__(self) -> tuple:
         """For worker processes: a cache cannot be sent, and need not be."""
-        make = partial(TrainSampler, repeats=self._repeats, shards=self._shards)
+        make = partial(TrainSampler, repeats=self._repeats, shards=self._shards, alike=self._alike)
         return make, (self.plan, self.seed, self.rank, self.first_step)
 
     def __getitem__(self, n: int) -> MicroBatch:
@@ -80,6 +82,8 @@ class TrainSampler:
             order = epoch_order(self.seed, epoch, self.plan.images)
         else:
             order = windowed_order(self.seed, epoch, self._shards)
+        if self._alike is not None:
+            order = grouped_order(self.seed, epoch, order, self._alike)
         order = repeat_images(order, self._repeats, self.plan.global_batch)
         order.setflags(write=False)
         return order
@@ -117,6 +121,28 @@ def windowed_order(seed: int, epoch: int, shards: ShardWindows) -> np.ndarray:
             for window in windows
         ]
     )
+
+
+@dataclass(frozen=True)
+class AlikeGroups:
+    """kind: (images,) of each image. size: images of a group, all of one kind."""
+
+    kind: np.ndarray
+    size: int
+
+
+def grouped_order(seed: int, epoch: int, order: np.ndarray, alike: AlikeGroups) -> np.ndarray:
+    """The same images in another order: groups of one kind, shuffled; what fills no group comes last, mixed.
+
+    A size that divides the micro-batch, or the reverse, makes batches of one kind at any number of processes.
+    """
+    of_kind = alike.kind[order]
+    parts = [order[of_kind == kind] for kind in np.unique(of_kind)]
+    whole = [part[: len(part) // alike.size * alike.size] for part in parts]
+    rest = np.concatenate([part[len(kept) :] for part, kept in zip(parts, whole, strict=True)])
+    groups = np.concatenate(whole).reshape(-1, alike.size)
+    shuffled = generator(Purpose.EPOCH_ORDER, seed, epoch, 1).permutation(len(groups))
+    return np.concatenate([groups[shuffled].reshape(-1), rest])
 
 
 def repeat_images(order: np.ndarray, repeats: int, global_batch: int) -> np.ndarray:

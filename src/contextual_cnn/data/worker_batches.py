@@ -7,7 +7,7 @@ import select
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, Dataset
 from contextual_cnn.data.bad_images import BadImage, BadImages
 from contextual_cnn.data.transfer import to_device
 from contextual_cnn.errors import UserError
-from contextual_cnn.settings.data import DataSettings
 
 
 class Made(NamedTuple):
@@ -31,13 +30,29 @@ class Made(NamedTuple):
     replaced: int = 0
 
 
+class Reported(Protocol):
+    """Whatever else a worker hands over, it tells of bad images."""
+
+    @property
+    def reports(self) -> list[BadImage]: ...
+
+
+class Workers(Protocol):
+    """How many there are, and how many batches each is ahead."""
+
+    @property
+    def threads(self) -> int | None: ...
+    @property
+    def prefetch(self) -> int: ...
+
+
 class _Numbered(Dataset):
     """Whatever `make` gives for a number; a UserError is handed over, for DataLoader would rewrite it."""
 
-    def __init__(self, make: Callable[[int], Made]) -> None:
+    def __init__(self, make: Callable[[int], Reported]) -> None:
         self._make = make
 
-    def __getitem__(self, n: int) -> Made | UserError:
+    def __getitem__(self, n: int) -> Reported | UserError:
         try:
             return self._make(n)
         except UserError as error:
@@ -45,7 +60,7 @@ class _Numbered(Dataset):
 
 
 def worker_loader(
-    make: Callable[[int], Made], numbers: Iterable[int], settings: DataSettings, device: torch.device
+    make: Callable[[int], Reported], numbers: Iterable[int], settings: Workers, device: torch.device
 ) -> DataLoader:
     """The batches of these numbers, in their order.
 
@@ -90,16 +105,21 @@ def _module_of(make: Callable) -> str:
 
 def on_device(loader: DataLoader, bad: BadImages, device: torch.device) -> Iterator[tuple[Tensor, Tensor, int]]:
     """(B, ..., 3, H, W) uint8 channels_last, (B,) int64, and how many images took the places of others."""
+    for pixels, targets, _, replaced in received(loader, bad):
+        pixels, targets = (to_device(tensor, device) for tensor in (pixels, targets))
+        yield pixels.movedim(-1, -3), targets, replaced
+
+
+def received(loader: DataLoader, bad: BadImages) -> Iterator[Any]:
+    """What the workers made, one after the other; what they report is reported."""
     batches = iter(loader)
     try:
         for made in batches:
             if isinstance(made, UserError):
                 raise made
-            pixels, targets, reports, replaced = made
-            for report in reports:
+            for report in made.reports:
                 bad.report(report)
-            pixels, targets = (to_device(tensor, device) for tensor in (pixels, targets))
-            yield pixels.movedim(-1, -3), targets, replaced
+            yield made
     except BaseException:
         # An error keeps the loader alive until it is collected as garbage. By then the queue that tells a worker to
         # end is closed, and torch waits five seconds for each

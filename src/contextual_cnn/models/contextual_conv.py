@@ -17,6 +17,7 @@ from torch.nn.functional import conv2d
 from contextual_cnn.contracts import at_least_float32
 from contextual_cnn.models.class_context import vector_norm
 from contextual_cnn.models.depthwise import DepthwiseConv2d, as_conv2d_takes, can_be_ours
+from contextual_cnn.models.valid_mean import GlobalMean
 from contextual_cnn.ops import contextual_conv2d
 from contextual_cnn.ops.implementation import implementation_on
 from contextual_cnn.settings.model import ContextLayers, Convolution, Norm
@@ -153,13 +154,14 @@ class WeightOffset(nn.Module):
         self.kernel_size = tuple(conv.kernel_size)
         channels, taps = conv.in_channels, self.kernel_size[0] * self.kernel_size[1]
         width = _hidden_width(conv, generators)
+        self.pool = GlobalMean()
         self.hidden = _hidden_layer(channels + context_dim, width, generators.norm)
         self.out = nn.Linear(width, channels * taps, bias=generators.bias)
         _zero(self.out)
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         """(B, C, H, W), (B, E) -> (B, C, kh, kw)."""
-        return self.out(self.hidden(_pooled_with(x, context))).view(*x.shape[:2], *self.kernel_size)
+        return self.out(self.hidden(_joined(self.pool(x), context))).view(*x.shape[:2], *self.kernel_size)
 
 
 def _hidden_width(conv: nn.Conv2d, generators: Generators) -> int:
@@ -172,9 +174,8 @@ def _hidden_layer(inputs: int, width: int, norm: Norm) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, width), vector_norm(norm, width), nn.ReLU())
 
 
-def _pooled_with(x: Tensor, context: Tensor | None) -> Tensor:
-    """(B, C, H, W), (B, E) -> (B, C + E)."""
-    pooled = x.mean(dim=(2, 3))
+def _joined(pooled: Tensor, context: Tensor | None) -> Tensor:
+    """(B, C), (B, E) -> (B, C + E)."""
     return torch.cat([pooled, context], dim=1) if context is not None else pooled
 
 
@@ -268,13 +269,14 @@ class ScaleShift(nn.Module):
     def __init__(self, conv: nn.Conv2d, context_dim: int, generators: Generators) -> None:
         super().__init__()
         width = max(conv.in_channels // 4, generators.width)
+        self.pool = GlobalMean()
         self.hidden = _hidden_layer(conv.in_channels + context_dim, width, generators.norm)
         self.out = nn.Linear(width, 2 * conv.out_channels, bias=generators.bias)
         _zero(self.out)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """(B, C, H, W), (B, E) -> (B, 2 O)."""
-        return self.out(self.hidden(_pooled_with(x, context)))
+        return self.out(self.hidden(_joined(self.pool(x), context)))
 
 
 class DeformableConv2d(_Replacement):

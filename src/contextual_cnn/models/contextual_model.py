@@ -30,6 +30,7 @@ from contextual_cnn.models.class_context import (
     scale_class_counts,
 )
 from contextual_cnn.models.context_options import ContextOptions
+from contextual_cnn.models.valid_mean import GlobalMean, ValidMean, ValidPart
 
 
 class ContextualBlock(nn.Module):
@@ -160,6 +161,24 @@ class ContextualModel(nn.Module):
             return x
         projected = self.projections[str(STAGES)](self.head_drop(x))
         return projected if pre_logits or not self.num_classes else self.class_embeddings(projected)
+
+    def forward_staged_maps(self, images: Tensor) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """(B, 3, H, W) -> the maps of the four stages, and the (B, N) logits of all classifications."""
+        maps, logits, shortlists = self._run(images)
+        return maps[1:], (*logits, self._select(self.forward_head(maps[-1]), shortlists))
+
+    def shortlists_of(self, images: Tensor) -> dict[int, Tensor]:
+        """(B, 3, H, W) -> (B, k) classes by the stage that hands them on; needs no classifier."""
+        _, _, shortlists = self._run(images)
+        return dict(zip(self.shortlist_sizes, shortlists, strict=True))
+
+    def take_means_of(self, valid: ValidPart) -> None:
+        """From now on every mean over a map is of each image's own part: see `valid_mean`."""
+        for module in list(self.modules()):
+            if isinstance(module, Projection):
+                module[0] = ValidMean(valid)
+            elif isinstance(getattr(module, "pool", None), GlobalMean):
+                module.pool = ValidMean(valid)
 
     def forward_intermediates(
         self,

@@ -21,6 +21,8 @@ from contextual_cnn.runs.checkpoint_files import find_checkpoint
 
 log = logging.getLogger(__name__)
 
+_DETECTORS_BODY = "backbone.body."
+
 # Parts that a plain model has and a contextual one has not, or the reverse
 _PLAIN_HEAD = ("head.", "norm_pre.", "fc.")
 _CONTEXTUAL_ONLY = (
@@ -50,15 +52,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         UserError: no such file, not a file of weights, or weights of another architecture.
     """
-    path = path.expanduser()
-    if path.is_dir():
-        path = find_checkpoint(path, key="model.weights")
-    if not path.is_file():
-        raise UserError(
-            f"model.weights: there is no file {path}",
-            "give the path of a .pth, .pt or .safetensors file, or a run folder (outputs/NAME)",
-        )
-    state = _read_checkpoint(path) if is_checkpoint(path) else _read_weights(path)
+    state = _read(path, say=True)
     try:
         model.load_state_dict(checkpoint_filter_fn(state, model))
     except (ValueError, RuntimeError) as error:
@@ -67,11 +61,41 @@ def load_weights(model: nn.Module, path: Path) -> None:
         ) from error
 
 
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+def _read(path: Path, say: bool = False) -> dict[str, Tensor]:
+    path = path.expanduser()
+    if path.is_dir():
+        path = find_checkpoint(path, key="model.weights")
+    if not path.is_file():
+        raise UserError(
+            f"model.weights: there is no file {path}",
+            "give the path of a .pth, .pt or .safetensors file, or a run folder (outputs/NAME)",
+        )
+    return _read_checkpoint(path, say) if is_checkpoint(path) else _read_weights(path)
+
+
+def classes_of_weights(given: str) -> int | None:
+    """How many classes a file or run of weights of a contextual model has; None of any other.
+
+    Raises:
+        UserError: as `load_weights`.
+    """
+    state = _read(Path(given))
+    table = state.get("class_embeddings.weight", state.get(f"{_DETECTORS_BODY}class_embeddings.weight"))
+    return len(table) if table is not None else None
+
+
+def detector_weights(path: Path) -> dict[str, Tensor] | None:
+    """All of a detector of ours; None of any other weights. Raises UserError, as `load_weights`."""
+    state = _read(path)
+    return state if any(name.startswith(_DETECTORS_BODY) for name in state) else None
+
+
+def _read_checkpoint(path: Path, say: bool) -> dict[str, Tensor]:
     checkpoint = load_trained(path)
     require_entries(checkpoint, path, "best", "ema")
     name, state = choose_weights(checkpoint)
-    log.info("weights: the %s weights of %s, of step %d", name, path, checkpoint["step"])
+    if say:
+        log.info("weights: the %s weights of %s, of step %d", name, path, checkpoint["step"])
     return state
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from contextual_cnn.contracts import TimmModel
 from contextual_cnn.errors import UserError
+from contextual_cnn.optim.layer_decay import layer_factors
 from contextual_cnn.settings.optimizer import OptimizerSettings
 
 
@@ -66,7 +67,7 @@ def _scaled_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[s
 
 def _lr_factors(model: nn.Module, settings: OptimizerSettings) -> dict[Tensor, float]:
     """By what the learning rate of a parameter is multiplied, where that is not 1."""
-    factors: dict[Tensor, float] = {}
+    factors = layer_factors(model, settings.layer_decay) if settings.layer_decay is not None else {}
     for parts, factor in (
         (_biases, settings.bias_lr),
         (_classifier_parameters, settings.classifier_lr),

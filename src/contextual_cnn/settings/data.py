@@ -68,22 +68,12 @@ class DataSettings:
             )
         if not 0 < self.crop_pct <= 1:
             raise UserError(f"data.crop_pct is a share between 0 and 1, got {self.crop_pct}", "data.crop_pct=0.875")
-        if len(self.mean) != 3 or not all(map(math.isfinite, self.mean)):
-            raise UserError(
-                f"data.mean is a number for each color, got {list(self.mean)}", "data.mean=[0.485,0.456,0.406]"
-            )
-        if len(self.std) != 3 or not all(0 < value < math.inf for value in self.std):
-            raise UserError(
-                f"data.std is a number above 0 for each color, got {list(self.std)}", "data.std=[0.229,0.224,0.225]"
-            )
+        check_pixel_statistics(self.mean, self.std)
         for key in ("repeats", "shuffle_shards", "limit", "threads", "prefetch", "eval_batch_size"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"data.{key} must be 1 or more, got {value}", f"data.{key}=1")
-        if self.threads is not None and self.threads > _MOST_THREADS:
-            raise UserError(f"data.threads must be at most {_MOST_THREADS}, got {self.threads}", "data.threads=null")
-        if self.max_bad_images < 0:
-            raise UserError(f"data.max_bad_images is 0 or more, got {self.max_bad_images}", "data.max_bad_images=100")
+        check_loader(self.threads, self.max_bad_images)
 
     @property
     def is_noise(self) -> bool:
@@ -94,3 +84,19 @@ class DataSettings:
     def pixels(self) -> dict[str, Any]:
         """What weights of other origin may have been trained with otherwise."""
         return {key: getattr(self, key) for key in ("mean", "std", "crop_pct", "interpolation")}
+
+
+def check_pixel_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raises UserError for what no image can be normalised by."""
+    if len(mean) != 3 or not all(map(math.isfinite, mean)):
+        raise UserError(f"data.mean is a number for each color, got {list(mean)}", "data.mean=[0.485,0.456,0.406]")
+    if len(std) != 3 or not all(0 < value < math.inf for value in std):
+        raise UserError(f"data.std is a number above 0 for each color, got {list(std)}", "data.std=[0.229,0.224,0.225]")
+
+
+def check_loader(threads: int | None, max_bad_images: int) -> None:
+    """Raises UserError for numbers that no loader can have."""
+    if threads is not None and threads > _MOST_THREADS:
+        raise UserError(f"data.threads must be at most {_MOST_THREADS}, got {threads}", "data.threads=null")
+    if max_bad_images < 0:
+        raise UserError(f"data.max_bad_images is 0 or more, got {max_bad_images}", "data.max_bad_images=100")

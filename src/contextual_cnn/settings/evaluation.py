@@ -23,6 +23,7 @@ DATA_KEYS = (
     "loader",
     "on_bad_image",
 )
+SCENE_KEYS = ("short_side", "longest")  # of scenes: what may differ besides
 CLIP_KEYS = ("sampling", "stride", "clips", "crops")  # of videos: what may differ
 
 ContextControl = Literal["own", "swap", "mean", "zero"]

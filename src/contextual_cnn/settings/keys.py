@@ -1,8 +1,10 @@
 """What the records of settings have in common: marks on keys, and records made of a config."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, field, fields, is_dataclass
+from dataclasses import MISSING, field, fields, is_dataclass, replace
 from typing import Any, TypeVar, get_type_hints
+
+from contextual_cnn.errors import UserError
 
 Record = TypeVar("Record")
 
@@ -42,3 +44,15 @@ def record_of(kind: type[Record], config: Mapping[str, Any]) -> Record:
     types = get_type_hints(kind)
     values = {key.name: config[key.name] for key in fields(kind)}  # type: ignore[arg-type] # of dataclasses
     return kind(**{key: types[key](**value) if is_dataclass(types[key]) else value for key, value in values.items()})
+
+
+def overridden(record: Record, group: str, given: Mapping[str, Any]) -> Record:
+    """A record with other values.
+
+    Raises:
+        UserError: keys that it does not have; the group is what messages call it.
+    """
+    keys = [f"{group}.{key}" for key in given if not hasattr(record, key)]
+    if keys:
+        raise UserError(f"the run of this checkpoint has no {', '.join(keys)}", " ".join(f"{key}=null" for key in keys))
+    return replace(record, **given)  # type: ignore[type-var] # of dataclasses

@@ -19,6 +19,7 @@ class OptimizerSettings:
         the classifier is multiplied; of the classifier's bias by both. None is 1.
     generator_lr: the same for the layers that make offsets of a contextual convolution. They begin with zeros at the
         end, so that the layers in front of it learn nothing at first.
+    layer_decay: of a ConvNeXt, the factor from each of its layers to the one before (see `optim.layer_decay`).
     betas, eps, momentum: None leaves the optimizer's own; set those to null that an optimizer does not have.
     """
 
@@ -33,6 +34,7 @@ class OptimizerSettings:
     bias_lr: float | None = None
     classifier_lr: float | None = None
     generator_lr: float | None = None
+    layer_decay: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < math.inf:
@@ -56,6 +58,11 @@ class OptimizerSettings:
             factor = getattr(self, key)
             if factor is not None and not 0 < factor < math.inf:
                 raise UserError(f"optimizer.{key} must be above 0 and finite, got {factor}", f"optimizer.{key}=null")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise UserError(
+                f"optimizer.layer_decay must be above 0 and at most 1, got {self.layer_decay}",
+                "optimizer.layer_decay=null",
+            )
 
     def lr_at(self, global_batch: int) -> float:
         """The peak learning rate for so many images a step."""

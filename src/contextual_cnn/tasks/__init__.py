@@ -9,6 +9,7 @@ from contextual_cnn.errors import UserError
 from contextual_cnn.schema import nearest
 from contextual_cnn.settings.evaluation import EvaluationSettings
 from contextual_cnn.tasks.image_classification.settings import ImageClassificationSettings
+from contextual_cnn.tasks.instance_segmentation.settings import InstanceSegmentationSettings
 from contextual_cnn.tasks.video_classification.settings import VideoClassificationSettings
 
 if TYPE_CHECKING:  # it brings torch
@@ -67,6 +68,7 @@ class OpenTask(Protocol):
 TASKS: Mapping[str, type[TaskSettings]] = {
     "image_classification": ImageClassificationSettings,
     "video_classification": VideoClassificationSettings,
+    "instance_segmentation": InstanceSegmentationSettings,
 }
 
 

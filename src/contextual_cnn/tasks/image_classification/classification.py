@@ -17,14 +17,15 @@ from contextual_cnn.models import build_model, summarize
 from contextual_cnn.models.preprocessing import warn_of_other_pixels
 from contextual_cnn.runs.agreement import digest
 from contextual_cnn.settings.trainer import TrainerSettings
-from contextual_cnn.task import Call, Evaluation, Metric, Outcome, Task
+from contextual_cnn.task import Call, Evaluation, Metric, Outcome
 from contextual_cnn.tasks.image_classification.hits import labels_of, stage_hits, top_hits
 from contextual_cnn.tasks.image_classification.measure import ClassificationEvaluation
+from contextual_cnn.tasks.listed import ListedTask
 
 log = logging.getLogger(__name__)
 
 
-class Classification(Task):
+class Classification(ListedTask):
     """Staged scores, and the staged loss; a plain model is its own only stage.
 
     Args:
@@ -36,7 +37,7 @@ class Classification(Task):
     def __init__(self, settings: Any, data: ImageData) -> None:
         self.settings, self.data = settings, data
         self._loss = StagedCrossEntropy(settings.loss)
-        self._listings = {split: _digest_listing(source) for split, source in data.sources.items()}
+        super().__init__(data, {split: _digest_listing(source) for split, source in data.sources.items()})
 
     def build_model(self) -> nn.Module:
         """On the CPU."""
@@ -69,26 +70,6 @@ class Classification(Task):
     def evidence(self, batch: Batch) -> dict[str, Any]:
         """What is kept of a micro-batch whose loss is not finite."""
         return {"images": batch.images.cpu(), "targets": batch.targets.cpu()}
-
-    def facts(self) -> dict[str, str]:
-        """What must be the same on all ranks: names, order and labels of the images."""
-        return {f"{split} images": listing for split, listing in self._listings.items()}
-
-    def record(self) -> dict[str, Any]:
-        """What a checkpoint holds of the data."""
-        return {
-            "classes": list(self.data.classes),
-            "images": len(self.data.sources["train"]),
-            "listing": self._listings["train"],
-        }
-
-    def splits(self) -> dict[str, int]:
-        """Images of each split."""
-        return {split: len(source) for split, source in self.data.sources.items()}
-
-    def log_summary(self) -> None:
-        """Logs what the data are."""
-        self.data.log_summary()
 
     def describe(self, model: nn.Module) -> str:
         """Name, size and classes of the model."""

@@ -1,0 +1,1 @@
+"""Pictures with annotated objects, in COCO's files."""
