@@ -13,7 +13,7 @@ from contextual_cnn.analysis.cost import count_detector_cost
 from contextual_cnn.errors import UserError
 from contextual_cnn.models import build_model
 from contextual_cnn.models.contextual_model import ContextualModel
-from contextual_cnn.models.detector import build_detector
+from contextual_cnn.models.detector import build_detector, check_strides
 from contextual_cnn.models.mask_rcnn import AlignedPool, Detector
 from contextual_cnn.models.valid_mean import ValidMean, ValidPart
 from contextual_cnn.models.weights import checkpoint_filter_fn
@@ -149,6 +149,14 @@ def test_what_cannot_be_taught_is_refused():
         multilabel_detector(selection="reduce")
     with pytest.raises(UserError, match="no context"):
         build_detector(ModelSettings(name="convnext_atto"), replace(SMALL, context="multilabel"), 5)
+
+
+def test_a_backbone_with_other_strides_is_refused():
+    options = small("resnet50") | {"output_stride": 16}
+    model = build_model(ModelSettings(name="contextual_resnet50", num_classes=20, timm_options=options))
+    with pytest.raises(UserError, match=r"strides \[4, 8, 16, 16\]"):
+        check_strides(Detector(model, 5, SMALL))
+    check_strides(detector("contextual_resnet50"))
 
 
 def test_batch_norms_keep_their_statistics_and_the_rest_trains():

@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from contextual_cnn.errors import UserError
 from contextual_cnn.models.build import build_model
 from contextual_cnn.models.contextual_model import ContextualModel
-from contextual_cnn.models.mask_rcnn import Detector
+from contextual_cnn.models.mask_rcnn import STRIDES, Detector
 from contextual_cnn.models.weights import classes_of_weights, detector_weights
 from contextual_cnn.settings.detector import DetectorSettings
 from contextual_cnn.settings.model import ModelSettings
@@ -41,6 +42,22 @@ def build_detector(model: ModelSettings, settings: DetectorSettings, num_classes
     if from_detector is not None:
         _take_over(detector, from_detector)
     return detector
+
+
+@torch.inference_mode()
+def check_strides(detector: Detector) -> None:
+    """Raises UserError for maps that are not at 1/4 to 1/32 of an image: boxes would be pooled from wrong places."""
+    side, was_training = 2 * STRIDES[-1], detector.training
+    maps = detector.eval().backbone.maps(
+        torch.zeros(1, 3, side, side)
+    )  # timm's own list of strides knows no patch_size
+    detector.train(was_training)
+    strides = [side // x.shape[-1] for x in maps]
+    if strides != list(STRIDES):
+        raise UserError(
+            f"the backbone has maps at strides {strides}, a detector needs {list(STRIDES)}",
+            "another model, or model.timm_options without output_stride",
+        )
 
 
 def _check_teachable(body: nn.Module, num_classes: int) -> None:

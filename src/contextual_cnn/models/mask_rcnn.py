@@ -25,7 +25,7 @@ from contextual_cnn.models.contextual_model import ContextualModel
 from contextual_cnn.models.valid_mean import ValidPart
 from contextual_cnn.settings.detector import DetectorSettings
 
-STRIDE = 32  # of the last stage: images are padded to a multiple of it
+STRIDES = (4, 8, 16, 32)  # of the stages; images are padded to a multiple of the last
 _LEVELS = 5
 _CANONICAL_SIDE, _CANONICAL_LEVEL = 224, 4  # a box of ImageNet's size is pooled from the level that ImageNet's head saw
 _MASK_SAMPLES, _BOX_SAMPLES = 14, 7  # along a side of a pooled box
@@ -168,7 +168,7 @@ class AlignedPool(MultiScaleRoIAlign):
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         """Maps by level, (n, 4) boxes of each image -> (sum of n, C, S, S)."""
         maps = [x[name] for name in self.featmap_names]
-        scales = [2.0 ** -(2 + level) for level in range(len(maps))]
+        scales = [1 / stride for stride in STRIDES]
         mapper = LevelMapper(2, 1 + len(maps), _CANONICAL_SIDE, _CANONICAL_LEVEL)
         levels = mapper(boxes)
         number = torch.cat([torch.full_like(of[:, :1], i) for i, of in enumerate(boxes)])

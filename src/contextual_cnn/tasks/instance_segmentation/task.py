@@ -14,7 +14,7 @@ from contextual_cnn.data.detection.coco_loader import Scenes
 from contextual_cnn.distributed import World
 from contextual_cnn.errors import UserError
 from contextual_cnn.models.contextual_model import ContextualModel
-from contextual_cnn.models.detector import build_detector
+from contextual_cnn.models.detector import build_detector, check_strides
 from contextual_cnn.runs.agreement import digest
 from contextual_cnn.settings.trainer import TrainerSettings
 from contextual_cnn.task import Call, Metric, Outcome, Position
@@ -50,6 +50,7 @@ class InstanceSegmentation(ListedTask):
         torch.backends.cudnn.benchmark = False  # it would try all algorithms again for every new size
         settings = self.settings
         model = build_detector(settings.model, settings.detector, len(self.data.classes))
+        check_strides(model)
         is_taught = settings.detector.context == "multilabel" or settings.model.weights is not None
         if isinstance(model.body, ContextualModel) and not is_taught:
             log.warning(
