@@ -45,7 +45,10 @@ def main() -> None:
         from contextual_cnn.tasks.instance_segmentation.restore import restore_detector
 
         trained = restore_detector(path, state, arguments.weights)
-        predict_scenes(trained, arguments.files, device, arguments.score, arguments.output)
+        try:
+            predict_scenes(trained, arguments.files, device, arguments.score, arguments.output)
+        except OSError as error:
+            raise UserError(f"the result cannot be written: {error}", "--output FILE") from error
     subject = subject_of(arguments.checkpoint, arguments.weights)
     paths = files_below(arguments.files, subject)
     animated = arguments.output is not None and arguments.output.suffix.lower() == ".gif"

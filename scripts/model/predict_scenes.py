@@ -1,6 +1,6 @@
 """What predict.py does with a detector: boxes, masks and classes of the objects in a picture, and the shortlists.
 
-A picture gives a table and a drawing, a folder COCO's results format; image ids are places in the sorted list of files.
+A picture gives a table and a drawing. A folder gives JSON: file, class, score, and box and mask as COCO writes them.
 """
 
 import json
@@ -61,6 +61,8 @@ def predict_scenes(trained: TrainedDetector, files: Path, device: str, score: fl
     for number, path in enumerate(paths):
         try:
             scene = look(trained, path, score)
+        except UserError:  # nothing can be read here
+            raise
         except Exception as error:  # whatever a damaged file makes of its decoder
             print(f"skipped, cannot be read: {printable(str(path))} ({reason_of(error)})", file=sys.stderr)
             unreadable = True

@@ -215,7 +215,7 @@ def test_a_dry_run_tells_what_a_detector_needs(scenes, tmp_path):
 
 
 def test_a_picture_is_drawn_with_what_is_in_it(straight, scenes, tmp_path):
-    """And a folder becomes a file, in which a file that is no picture is missing."""
+    """A folder becomes one JSON file; a damaged picture is named and left out."""
     predict = ("scripts/model/predict.py", "--checkpoint", str(straight / "run"), "--device", "cpu", "--score", "0.0")
     pictures = sorted((scenes / "val").iterdir())
     done = run_command(*predict, str(pictures[0]), "--output", str(tmp_path / "seen.png"))
